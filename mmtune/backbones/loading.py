@@ -1,0 +1,170 @@
+"""Models by name: zoo:tiny-clip, open_clip:ViT-B-16/openai, hf:openai/clip-vit-base-patch16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmtune.backbones.base import ImageSpec, Loaded
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+SCHEMES = {
+    "zoo": "zoo:NAME[@hf], a model that ships (mmtune list backbones)",
+    "open_clip": "open_clip:ARCHITECTURE[/PRETRAINED_TAG] or open_clip:/local/folder",
+    "hf": "hf:REPOSITORY_OR_FOLDER, a CLIPModel or SiglipModel (hf:random:FOLDER: its config only)",
+}
+
+
+def load(name: str, dtype: str = "float32") -> Loaded:
+    """Load a model with its tokenizer and image specification.
+
+    Args:
+        name: one of the forms in `SCHEMES`. An open_clip architecture without a tag gets random
+            weights.
+        dtype: float32, bfloat16 or float16: the dtype of the weights.
+
+    Raises:
+        ValueError: an unknown form, architecture, tag or dtype; the message lists what there is.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme not in SCHEMES or not rest:
+        raise ValueError(f"no model {name!r}; expected " + "; ".join(SCHEMES.values()))
+    loaders: dict[str, Callable[[str], Loaded]] = {"zoo": _zoo, "open_clip": _open_clip, "hf": _hf}
+    loaded = loaders[scheme](rest)
+    loaded.model.to(torch_dtype(dtype))
+    return loaded
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """float32, bfloat16 or float16 as a torch dtype. Raises ValueError for another name."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _zoo(rest: str) -> Loaded:
+    from mmtune import zoo
+
+    name, _, flavour = rest.partition("@")
+    return zoo.load(name, flavour=flavour or "open_clip")
+
+
+def _open_clip(rest: str) -> Loaded:
+    import open_clip
+
+    if Path(rest).is_dir():
+        return open_clip_loaded(f"local-dir:{rest}", None, f"open_clip:{rest}")
+    architecture, _, tag = rest.partition("/")
+    if architecture not in open_clip.list_models():
+        raise ValueError(
+            f"open_clip has no model {architecture!r}; it has {', '.join(open_clip.list_models())}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag and tag not in tags:
+        raise ValueError(
+            f"open_clip has no weights {tag!r} for {architecture}; it has {', '.join(tags)}"
+        )
+    return open_clip_loaded(architecture, tag or None, f"open_clip:{rest}")
+
+
+def open_clip_loaded(source: str, tag: str | None, name: str) -> Loaded:
+    """A stock open_clip model: `source` is an architecture or `local-dir:FOLDER`."""
+    import open_clip
+
+    from mmtune.backbones import backbone_of
+
+    model, _, preprocess = open_clip.create_model_and_transforms(source, pretrained=tag)
+    tokenizer = open_clip.get_tokenizer(source)
+    settings: Any = getattr(
+        preprocess, "preprocess_cfg", None
+    ) or open_clip.get_model_preprocess_cfg(model)
+    size = settings["size"]
+    spec = ImageSpec(
+        size=size if isinstance(size, int) else size[0],
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        interpolation=settings.get("interpolation", "bicubic"),
+        resize=settings.get("resize_mode", "shortest"),
+    )
+    length = int(getattr(model, "context_length", 77))
+    return Loaded(
+        model=model,
+        backbone=backbone_of(model),
+        image=spec,
+        tokenize=lambda texts: {"input_ids": tokenizer(list(texts), context_length=length)},
+        context_length=length,
+        name=name,
+        count_tokens=_open_clip_counter(tokenizer),
+    )
+
+
+def _open_clip_counter(tokenizer: Any) -> Callable[[str], int]:
+    """`encode` leaves out the two special tokens; an HF tokenizer adds its own."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is not None and callable(inner):
+        call: Any = inner
+        return lambda text: len(call(text)["input_ids"])
+    return lambda text: len(tokenizer.encode(text)) + 2
+
+
+def _hf(rest: str) -> Loaded:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    random = rest.startswith("random:")
+    source = rest.removeprefix("random:")
+    if random:
+        model = AutoModel.from_config(AutoConfig.from_pretrained(source))
+    else:
+        model = AutoModel.from_pretrained(source)
+    processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
+    return hf_loaded(model, AutoTokenizer.from_pretrained(source), _spec(processor), f"hf:{rest}")
+
+
+def hf_loaded(model: nn.Module, tokenizer: Any, image: ImageSpec, name: str) -> Loaded:
+    """A stock transformers CLIPModel or SiglipModel with its tokenizer."""
+    from mmtune.backbones import backbone_of
+
+    backbone = backbone_of(model)
+    config: Any = model.config
+    length = int(config.text_config.max_position_embeddings)
+    # SigLIP was trained on texts padded to full length and reads its last position: no mask there.
+    padded = backbone.family == "siglip"
+
+    def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
+        out = tokenizer(
+            list(texts),
+            padding="max_length" if padded else True,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        keys = ("input_ids",) if padded else ("input_ids", "attention_mask")
+        return {k: out[k] for k in keys}
+
+    def count(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    return Loaded(model.eval(), backbone, image, tokenize, length, name, count)
+
+
+_PIL_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def _spec(processor: Any) -> ImageSpec:
+    size = processor.size
+    short = size.get("shortest_edge")
+    mean, std = processor.image_mean, processor.image_std
+    return ImageSpec(
+        size=int(short or size["height"]),
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        interpolation=_PIL_NAMES.get(int(processor.resample), "bicubic"),
+        resize="shortest" if short else "squash",
+    )

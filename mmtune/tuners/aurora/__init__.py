@@ -1,0 +1,32 @@
+"""Aurora: mode approximation with factors shared by all layers and branches."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from mmtune.tuners.aurora.config import PEFT_NAME, AuroraConfig
+from mmtune.tuners.aurora.factors import ModeFactors
+from mmtune.tuners.aurora.layer import AuroraLinear
+from mmtune.tuners.aurora.model import AuroraModel
+from mmtune.tuners.registry import Method, options_of
+
+
+def _build(model: nn.Module, options: Any) -> AuroraConfig:
+    return AuroraConfig(**asdict(options))
+
+
+PEFT_METHODS = {PEFT_NAME: (AuroraConfig, AuroraModel)}
+METHODS = (
+    Method(
+        name="aurora",
+        summary="mode approximation: CP factors shared by layers and branches",
+        source="arXiv 2305.08381 (NeurIPS 2023)",
+        options=options_of(AuroraConfig, leave_out=["adapted"]),
+        build=_build,
+    ),
+)
+
+__all__ = ["METHODS", "PEFT_METHODS", "AuroraConfig", "AuroraLinear", "AuroraModel", "ModeFactors"]

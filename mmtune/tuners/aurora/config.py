@@ -1,0 +1,109 @@
+"""Aurora's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+PEFT_NAME = "AURORA"
+
+
+@dataclass
+class AuroraConfig(PeftConfig):
+    """Mode approximation: one set of low-rank factors shared by all layers and branches.
+
+    Every adapted weight is cut into blocks of its branch's width d (q, k, v, out: one; fc1 and fc2:
+    four when the MLP is four times as wide). Block m of shape (d_out, d_in) gets
+
+        dW_m = alpha * V . M(p_m)^T . U,    M(p)[i, j] = sum_k core[i, j, k] p[k]
+
+    where U [R, d_in], V [d_out, R] and core are shared by all blocks of that shape, and the mode
+    vector p_m [R] is the block's own. With core="diagonal", M(p) = diag(lambda * p) and the update
+    is the CP decomposition of the paper, sum_r lambda_r p_{m,r} v_r u_r^T; with core="dense" it is
+    the Tucker form that the released code computes. U, p start random, V at zero: a fresh adapter
+    changes nothing, and in the first step only V has a gradient.
+
+    Trainable parameters, for blocks of one shape: R (d_in + d_out) + C + M R, with C = R (diagonal)
+    or R^3 (dense) and M the number of blocks.
+
+    Args:
+        rank: R, components shared by all branches.
+        alpha: factor on the update (a plain factor, not divided by the rank).
+        dropout: probability of dropping a component of the rank-R activation while training.
+        core: "diagonal" or "dense".
+        block_layout: "plain" cuts fc1 and fc2 into contiguous blocks, one mode vector each;
+            "interleaved" mixes their mode vectors as the released code does (dense core only).
+        branches: branches to adapt; None means all of the backbone's.
+        sites: roles to adapt, or branch -> roles. ["q", "k", "v", "out"] is the paper's choice; the
+            released code has {vision: [q, k, v, out, fc1, fc2], text: [q, k, v]}.
+        layers: "all", "first:N", "last:N", or indices within each branch.
+        branch_ranks: branch -> rank (at most `rank`, which it may lower for that branch): the
+            branch uses the first components of the shared factors.
+        compute: "separate" multiplies tokens by the factors; "materialise" adds dW to the weight
+            first, which is faster for many tokens but rounds small updates away in bf16.
+        seed: seed of the random factors; None draws from torch's default generator.
+        adapted: filled in when the adapter is made: the module paths it sits on. On loading, it
+            must match the model.
+
+    Source:
+        "Parameter-efficient Tuning of Large-scale Multimodal Foundation Models", NeurIPS 2023,
+        arXiv 2305.08381, section 3.2. Differs from the released code in the diagonal core, the
+        plain layout and the unit initial lambda; core="dense" with block_layout="interleaved" is
+        its form.
+    """
+
+    rank: int = 64
+    alpha: float = 1.0
+    dropout: float = 0.0
+    core: Literal["diagonal", "dense"] = "diagonal"
+    block_layout: Literal["plain", "interleaved"] = "plain"
+    branches: list[str] | None = None
+    sites: list[str] | dict[str, list[str]] = field(default_factory=lambda: ["q", "k", "v", "out"])
+    layers: Any = "all"
+    branch_ranks: dict[str, int] = field(default_factory=dict)
+    compute: Literal["separate", "materialise"] = "separate"
+    seed: int | None = None
+    adapted: list[str] | None = None
+    # PEFT reads these of every config; sites decide instead.
+    target_modules: None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_NAME  # pyright: ignore[reportAttributeAccessIssue]
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _problems(self) -> Any:
+        if self.rank < 1:
+            yield f"aurora.rank must be at least 1, got {self.rank}. Try 64."
+        if not 0 <= self.dropout < 1:
+            yield f"aurora.dropout must be in [0, 1), got {self.dropout}"
+        if self.core not in ("diagonal", "dense"):
+            yield f"aurora.core must be diagonal or dense, got {self.core!r}"
+        if self.block_layout not in ("plain", "interleaved"):
+            yield f"aurora.block_layout must be plain or interleaved, got {self.block_layout!r}"
+        if self.compute not in ("separate", "materialise"):
+            yield f"aurora.compute must be separate or materialise, got {self.compute!r}"
+        if self.block_layout == "interleaved" and self.core != "dense":
+            yield (
+                "aurora.block_layout: interleaved mixes the entries of a dense core; "
+                "set core: dense, or block_layout: plain"
+            )
+        if self.block_layout == "interleaved" and self.branch_ranks:
+            yield "aurora.branch_ranks needs block_layout: plain; interleaving mixes components"
+        if self.compute == "materialise" and self.dropout > 0:
+            yield "aurora.dropout acts on the rank-R activation; it needs compute: separate"
+        for branch, rank in self.branch_ranks.items():
+            if not 1 <= rank <= self.rank:
+                yield (
+                    f"aurora.branch_ranks.{branch} must be in 1..{self.rank} (rank, the shared "
+                    f"factors' size), got {rank}. Raise rank to go higher."
+                )
+
+    def rank_of(self, branch: str) -> int:
+        """Components that `branch` uses."""
+        return self.branch_ranks.get(branch, self.rank)

@@ -1,0 +1,138 @@
+"""The factors that all adapted weights share, and how a weight is cut into blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from mmtune.backbones.base import Site
+from mmtune.tuners.aurora.config import AuroraConfig
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one weight [rows * d_out, columns * d_in] is cut.
+
+    Attributes:
+        d_out: rows of a block.
+        d_in: columns of a block.
+        rows: blocks below one another (fc1: 4).
+        columns: blocks beside one another (fc2: 4).
+    """
+
+    d_out: int
+    d_in: int
+    rows: int = 1
+    columns: int = 1
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def shape_key(self) -> str:
+        """Names the factors; all blocks of one shape share them."""
+        return f"{self.d_out}x{self.d_in}"
+
+
+def cut(site: Site, out_features: int, in_features: int) -> Blocks:
+    """Blocks of a site's weight: fc1 and fc2 in squares of the branch's width, others whole.
+
+    An MLP whose width is no multiple of the branch's (SigLIP so400m: 4304 for 1152) stays whole.
+    """
+    d = site.width
+    if site.role == "fc1" and in_features == d and out_features % d == 0:
+        return Blocks(d, d, rows=out_features // d)
+    if site.role == "fc2" and out_features == d and in_features % d == 0:
+        return Blocks(d, d, columns=in_features // d)
+    return Blocks(out_features, in_features)
+
+
+class AuroraLayer(BaseTunerLayer):
+    """What PEFT visits: the adapted Linears and the factors they share."""
+
+
+class ModeFactors(nn.Module, AuroraLayer):
+    """U, V and core of every block shape, registered once in the adapted model.
+
+    A tuner layer without a base layer, so that PEFT saves, switches, freezes and deletes it like
+    any other; the adapted layers hold unregistered references to it.
+
+    Parameters of an adapter, per block shape: U [R, d_in], V [d_out, R], core [R] or [R, R, R].
+    """
+
+    adapter_layer_names = ("aurora_U", "aurora_V", "aurora_core")
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aurora_U = nn.ModuleDict()
+        self.aurora_V = nn.ModuleDict()
+        self.aurora_core = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def add_adapter(self, name: str) -> None:
+        for group in (self.aurora_U, self.aurora_V, self.aurora_core):
+            if name not in group:
+                group[name] = nn.ParameterDict()
+
+    def require(
+        self, name: str, blocks: Blocks, config: AuroraConfig, generator: torch.Generator | None
+    ) -> None:
+        """Make the factors of this block shape unless they exist."""
+        key, r = blocks.shape_key, config.rank
+        groups = (self.aurora_U, self.aurora_V, self.aurora_core)
+        u_of, v_of, core_of = (cast(nn.ParameterDict, group[name]) for group in groups)
+        if key in u_of:
+            return
+        u = torch.randn(r, blocks.d_in, generator=generator) / math.sqrt(blocks.d_in)
+        if config.core == "dense":
+            core = torch.randn(r, r, r, generator=generator) / r
+        else:
+            core = torch.ones(r)
+        u_of[key] = nn.Parameter(u)
+        v_of[key] = nn.Parameter(torch.zeros(blocks.d_out, r))
+        core_of[key] = nn.Parameter(core)
+
+    def of(self, name: str, key: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `rank` components: U [rank, d_in], V [d_out, rank], core [rank] or [rank]^3."""
+        groups: Any = (self.aurora_U, self.aurora_V, self.aurora_core)
+        u, v, core = (group[name][key] for group in groups)
+        part = core[:rank] if core.dim() == 1 else core[:rank, :rank, :rank]
+        return u[:rank], v[:, :rank], part
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to fold here: the adapted layers fold their own updates."""
+
+    def unmerge(self) -> None:
+        """Nothing to undo here."""
+
+
+def mixers(core: Tensor, modes: Tensor, interleaved: bool, rows: bool) -> Tensor:
+    """M of every block, such that the update of block a is h -> (h M_a) V^T with h = x U^T.
+
+    Args:
+        core: [R] or [R, R, R].
+        modes: [m, R], one mode vector a block.
+        interleaved: mix the mode vectors as the released code does (dense core).
+        rows: whether the blocks lie below one another (fc1) rather than beside one another (fc2);
+            the released code transposes only the former.
+
+    Returns:
+        [m, R] for a diagonal core (the diagonals), [m, R, R] for a dense one.
+    """
+    if core.dim() == 1:
+        return core * modes
+    mixed = torch.einsum("ijk,mk->mij", core, modes)
+    if not interleaved or len(modes) == 1:
+        return mixed
+    count, r = modes.shape
+    flat = mixed.permute(1, 2, 0).reshape(r, count * r)  # column count * j + k holds mode k's entry
+    cutting = flat.reshape(r, count, r).permute(1, 0, 2)
+    return cutting if rows else cutting.transpose(1, 2)

@@ -1,0 +1,176 @@
+"""One adapted Linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtune.tuners.aurora.config import AuroraConfig
+from mmtune.tuners.aurora.factors import AuroraLayer, Blocks, ModeFactors, mixers
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How one adapter sits on one layer."""
+
+    blocks: Blocks
+    rank: int
+    alpha: float
+    interleaved: bool
+    materialise: bool
+
+
+class AuroraLinear(nn.Module, AuroraLayer):
+    """y = x (W + sum over active adapters of dW)^T + b.
+
+    Shape: [..., in_features] -> [..., out_features].
+    Parameters: aurora_modes[adapter] [m, R]: one mode vector for each of the weight's m blocks.
+    """
+
+    adapter_layer_names = ("aurora_modes",)
+    other_param_names = ("aurora_dropout", "aurora_placed")
+
+    def __init__(self, base_layer: nn.Linear, factors: ModeFactors) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.aurora_modes = nn.ParameterDict()
+        self.aurora_dropout = nn.ModuleDict()
+        self.aurora_placed: dict[str, Placed] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        # Unregistered on purpose: the factors would otherwise be saved once per layer.
+        object.__setattr__(self, "factors", factors)
+
+    def add_adapter(
+        self,
+        name: str,
+        blocks: Blocks,
+        rank: int,
+        config: AuroraConfig,
+        generator: torch.Generator | None,
+    ) -> None:
+        factors = cast(ModeFactors, self.factors)
+        factors.require(name, blocks, config, generator)
+        modes = torch.randn(blocks.count, rank, generator=generator)
+        self.aurora_modes[name] = nn.Parameter(modes)
+        self.aurora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.aurora_placed[name] = Placed(
+            blocks,
+            rank,
+            config.alpha,
+            config.block_layout == "interleaved",
+            config.compute == "materialise",
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = [] if self.merged else [a for a in self.active_adapters if a in self.aurora_modes]
+        whole = [a for a in active if self.aurora_placed[a].materialise]
+        if whole:
+            base = cast(nn.Linear, self.get_base_layer())
+            total = torch.stack([self._delta(a) for a in whole]).sum(0)
+            y = F.linear(x, base.weight + total.to(base.weight.dtype), base.bias)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            if name not in whole:
+                y = y + self._token_delta(name, x).to(y.dtype)
+        return y
+
+    def _token_delta(self, name: str, x: Tensor) -> Tensor:
+        """The update applied to tokens, without forming dW: [..., in] -> [..., out]."""
+        placed = self.aurora_placed[name]
+        blocks = placed.blocks
+        u, v, m = self._factors(name, x.dtype)
+        tokens = x.unflatten(-1, (blocks.columns, blocks.d_in)) if blocks.columns > 1 else x
+        h = self.aurora_dropout[name](F.linear(tokens, u))  # [..., (columns,) R]
+        if blocks.columns > 1:
+            h = _mix_columns(h, m)
+        elif blocks.rows > 1:
+            h = _mix_rows(h, m)
+        else:
+            h = h * m[0] if m.dim() == 2 else h @ m[0]
+        y = F.linear(h, v)
+        return y.flatten(-2) if blocks.rows > 1 else y
+
+    def _delta(self, name: str) -> Tensor:
+        """DW [out_features, in_features] in the factors' dtype."""
+        blocks = self.aurora_placed[name].blocks
+        u, v, m = self._factors(name, None)
+        if m.dim() == 2:
+            dw = torch.einsum("or,mr,ri->moi", v, m, u)
+        else:
+            dw = torch.einsum("oj,mij,iw->mow", v, m, u)
+        if blocks.columns > 1:
+            return dw.permute(1, 0, 2).flatten(1)
+        return dw.flatten(0, 1)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """DW of an adapter, [out_features, in_features], in the dtype of its factors."""
+        return self._delta(adapter)
+
+    def _factors(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+        """U, V and the scaled mixers of this layer, in `dtype` (None: as they are)."""
+        placed = self.aurora_placed[name]
+        factors = cast(ModeFactors, self.factors)
+        u, v, core = factors.of(name, placed.blocks.shape_key, placed.rank)
+        m = mixers(core, self.aurora_modes[name], placed.interleaved, placed.blocks.columns == 1)
+        if placed.alpha != 1:
+            m = m * placed.alpha
+        return (u, v, m) if dtype is None else (u.to(dtype), v.to(dtype), m.to(dtype))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the update into the base weight.
+
+        Args:
+            safe_merge: check the result for non-finite values and leave the weight as it was if
+            any.
+            adapter_names: adapters to fold; None means the active ones.
+
+        Raises:
+            ValueError: safe_merge found non-finite values.
+            TypeError: the base weight is quantised.
+        """
+        base = cast(nn.Linear, self.get_base_layer())
+        for name in adapter_names if adapter_names is not None else self.active_adapters:
+            if name not in self.aurora_modes or name in self.merged_adapters:
+                continue
+            if not base.weight.is_floating_point():
+                raise TypeError(
+                    f"cannot merge adapter {name!r} into a quantised weight ({base.weight.dtype}); "
+                    "load the base model in float32 or bfloat16 to merge"
+                )
+            merged = base.weight.data + self._delta(name).detach().to(base.weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging adapter {name!r} would give non-finite weights")
+            base.weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract what `merge` added; equal to the base up to rounding of its dtype."""
+        base = cast(nn.Linear, self.get_base_layer())
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.aurora_modes:
+                base.weight.data -= self._delta(name).detach().to(base.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"aurora={self.aurora_placed}"
+
+
+def _mix_rows(h: Tensor, m: Tensor) -> Tensor:
+    """[..., R] -> [..., rows, R], one mixture a block."""
+    return h.unsqueeze(-2) * m if m.dim() == 2 else torch.einsum("...i,mij->...mj", h, m)
+
+
+def _mix_columns(h: Tensor, m: Tensor) -> Tensor:
+    """[..., columns, R] -> [..., R]: each block's part mixed, then summed."""
+    return (h * m).sum(-2) if m.dim() == 2 else torch.einsum("...mi,mij->...j", h, m)

@@ -1,0 +1,99 @@
+"""Methods that PEFT already has, aimed at sites."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mmtune.backbones import backbone_of
+from mmtune.tuners.registry import Method
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+
+@dataclass
+class LoraOptions:
+    """LoRA's settings.
+
+    Trainable parameters: rank (d_in + d_out) for each adapted weight.
+
+    Attributes:
+        rank: r, columns of B.
+        alpha: the update is (alpha / rank) B A.
+        dropout: probability of dropping an input feature of the update.
+        branches: branches to adapt; None means all.
+        sites: roles to adapt, or branch -> roles.
+        layers: "all", "first:N", "last:N", or indices within each branch.
+        branch_ranks: branch -> rank.
+        rslora: scale by alpha / sqrt(rank) instead.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    branches: list[str] | None = None
+    sites: list[str] | dict[str, list[str]] = field(default_factory=lambda: ["q", "v"])
+    layers: Any = "all"
+    branch_ranks: dict[str, int] = field(default_factory=dict)
+    rslora: bool = False
+
+
+def lora_config(
+    model: nn.Module, options: LoraOptions | None = None, **settings: Any
+) -> LoraConfig:
+    """PEFT's LoraConfig for the chosen sites of `model`, whose fused attention it splits.
+
+    Args:
+        model: a stock model that some backbone describes.
+        options: the settings; or give them by keyword.
+        **settings: fields of LoraOptions.
+
+    Source:
+        LoRA, arXiv 2106.09685; the implementation is PEFT's.
+    """
+    from peft import LoraConfig
+
+    chosen = options if options is not None else LoraOptions(**settings)
+    backbone = backbone_of(model)
+    backbone.prepare()
+    sites = backbone.select(chosen.branches, chosen.sites, chosen.layers)
+    linear = [s for s in sites if not hasattr(s.module, "in_features")]
+    if linear:
+        bad = linear[0]
+        raise TypeError(
+            f"lora adapts Linear layers; {bad.path} ({bad.role}) is a {type(bad.module).__name__}. "
+            "Choose sites among q, k, v, out, fc1, fc2."
+        )
+    # A regular expression, since PEFT would match a plain path as a suffix: open_clip's text layer
+    # `transformer.resblocks.0` is a suffix of its vision layer's path.
+    ranks = {
+        _either([s.path for s in sites if s.branch == branch]): rank
+        for branch, rank in chosen.branch_ranks.items()
+    }
+    return LoraConfig(
+        r=chosen.rank,
+        lora_alpha=chosen.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=chosen.dropout,
+        target_modules=_either([s.path for s in sites]),
+        rank_pattern=ranks,
+        use_rslora=chosen.rslora,
+    )
+
+
+def _either(paths: list[str]) -> str:
+    """A pattern that matches these paths from their start, and nothing else."""
+    return r"(?<!.)(?:" + "|".join(re.escape(p) for p in paths) + ")"
+
+
+METHODS = (
+    Method(
+        name="lora",
+        summary="low-rank update of chosen weights (PEFT's LoRA, aimed at sites)",
+        source="arXiv 2106.09685 (ICLR 2022)",
+        options=LoraOptions,
+        build=lora_config,
+    ),
+)
