@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.backbones import backbone_of
 from mmtune.tuners.registry import Method
+from mmtune.tuners.sited import require_linear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -60,13 +61,7 @@ def lora_config(
     backbone = backbone_of(model)
     backbone.prepare()
     sites = backbone.select(chosen.branches, chosen.sites, chosen.layers)
-    linear = [s for s in sites if not hasattr(s.module, "in_features")]
-    if linear:
-        bad = linear[0]
-        raise TypeError(
-            f"lora adapts Linear layers; {bad.path} ({bad.role}) is a {type(bad.module).__name__}. "
-            "Choose sites among q, k, v, out, fc1, fc2."
-        )
+    require_linear(sites, "lora")
     # A regular expression, since PEFT would match a plain path as a suffix: open_clip's text layer
     # `transformer.resblocks.0` is a suffix of its vision layer's path.
     ranks = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class SitedTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> PeftConfig:
         backbone = backbone_of(self.model)
         backbone.prepare()
-        chosen = self._choose(backbone, peft_config)
+        chosen = backbone.select(peft_config.branches, peft_config.sites, peft_config.layers)
+        self._check_sites(chosen)
         paths = [site.path for site in chosen]
         if peft_config.adapted is not None and list(peft_config.adapted) != paths:
             raise AdapterMismatchError(_mismatch(list(peft_config.adapted), paths))
@@ -36,8 +38,8 @@ class SitedTuner(BaseTuner):
         self._sites = {site.path: site for site in chosen}
         return peft_config
 
-    def _choose(self, backbone: Any, config: Any) -> list[Site]:
-        return backbone.select(config.branches, config.sites, config.layers)
+    def _check_sites(self, sites: Sequence[Site]) -> None:
+        """Raise for sites that the method cannot adapt; nothing has been replaced yet."""
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return key in self._sites
@@ -48,6 +50,16 @@ class SitedTuner(BaseTuner):
         for parameter in new.parameters():
             if parameter.device != device and parameter.device.type != "meta":
                 parameter.data = parameter.data.to(device)
+
+
+def require_linear(sites: Sequence[Site], method: str) -> None:
+    """Raise TypeError where a site holds no Linear, before anything is replaced."""
+    for site in sites:
+        if not hasattr(site.module, "in_features"):
+            raise TypeError(
+                f"{method} adapts Linear layers; {site.path} ({site.role}) is a "
+                f"{type(site.module).__name__}. Choose sites among q, k, v, out, fc1, fc2."
+            )
 
 
 def _mismatch(recorded: list[str], found: list[str]) -> str:

@@ -148,7 +148,8 @@ class AuroraLinear(nn.Module, AuroraLayer):
                     f"cannot merge adapter {name!r} into a quantised weight ({base.weight.dtype}); "
                     "load the base model in float32 or bfloat16 to merge"
                 )
-            merged = base.weight.data + self._delta(name).detach().to(base.weight.dtype)
+            # The sum is taken in the factors' float32 and rounded once.
+            merged = (base.weight.data + self._delta(name).detach()).to(base.weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging adapter {name!r} would give non-finite weights")
             base.weight.data = merged
@@ -160,7 +161,8 @@ class AuroraLinear(nn.Module, AuroraLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.aurora_modes:
-                base.weight.data -= self._delta(name).detach().to(base.weight.dtype)
+                restored = base.weight.data - self._delta(name).detach()
+                base.weight.data = restored.to(base.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"aurora={self.aurora_placed}"

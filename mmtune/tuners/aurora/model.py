@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from mmtune.backbones.base import Site
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, ModeFactors, cut
 from mmtune.tuners.aurora.layer import AuroraLinear
-from mmtune.tuners.sited import SitedTuner
+from mmtune.tuners.sited import SitedTuner, require_linear
 
 # PEFT skips modules whose name holds its prefix when it deletes an adapter; this one must be
 # visited.
@@ -44,6 +46,9 @@ class AuroraModel(SitedTuner):
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
         return config
 
+    def _check_sites(self, sites: Sequence[Site]) -> None:
+        require_linear(sites, "aurora")
+
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         peft_config: AuroraConfig,
@@ -56,22 +61,15 @@ class AuroraModel(SitedTuner):
     ) -> None:
         site = self._sites[current_key]
         factors = self._factors(adapter_name)
-        if isinstance(target, AuroraLinear):
-            layer = target
-        elif isinstance(target, nn.Linear) or hasattr(target, "base_layer"):
-            layer = AuroraLinear(target, factors)  # pyright: ignore[reportArgumentType]
-        else:
-            raise TypeError(
-                f"aurora adapts Linear layers; {current_key} ({site.role}) is a "
-                f"{type(target).__name__}. Choose sites among q, k, v, out, fc1, fc2."
-            )
+        fresh = not isinstance(target, AuroraLinear)
+        layer = AuroraLinear(cast(nn.Linear, target), factors) if fresh else target
         base: Any = layer.get_base_layer()
         blocks = cut(site, base.out_features, base.in_features)
         layer.add_adapter(
             adapter_name, blocks, peft_config.rank_of(site.branch), peft_config, self._generator
         )
         device = base.weight.device
-        if layer is not target:
+        if fresh:
             self._replace(parent, target_name, layer, device)
         if device.type != "meta":
             layer.aurora_modes.to(device)
