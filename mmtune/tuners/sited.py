@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from mmtune.backbones import backbone_of
-from mmtune.backbones.base import Site
+from mmtune.backbones.base import Site, SiteError
 
 
 class AdapterMismatchError(ValueError):
@@ -53,10 +53,10 @@ class SitedTuner(BaseTuner):
 
 
 def require_linear(sites: Sequence[Site], method: str) -> None:
-    """Raise TypeError where a site holds no Linear, before anything is replaced."""
+    """Raise SiteError where a site holds no Linear, before anything is replaced."""
     for site in sites:
         if not hasattr(site.module, "in_features"):
-            raise TypeError(
+            raise SiteError(
                 f"{method} adapts Linear layers; {site.path} ({site.role}) is a "
                 f"{type(site.module).__name__}. Choose sites among q, k, v, out, fc1, fc2."
             )

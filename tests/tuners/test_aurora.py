@@ -187,7 +187,7 @@ def test_all_bad_settings_are_told_at_once():
 def test_bad_places_are_told():
     with pytest.raises(SiteError, match="no site 'qq'"):
         peft.get_peft_model(build("clip"), AuroraConfig(sites=["qq"]))
-    with pytest.raises(TypeError, match="norm"):
+    with pytest.raises(SiteError, match="norm"):
         peft.get_peft_model(build("clip"), AuroraConfig(sites=["norm"]))
     with pytest.raises(ValueError, match="branch_ranks names text"):
         peft.get_peft_model(

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mmtune import load_adapter, lora_config
+from mmtune.backbones import SiteError
 from mmtune.tuners.sited import AdapterMismatchError
 from tests.conformance.cases import build
 
@@ -48,7 +49,7 @@ def test_dropout_is_real_on_split_attention():
 
 
 def test_other_layers_are_refused():
-    with pytest.raises(TypeError, match="LayerNorm"):
+    with pytest.raises(SiteError, match="LayerNorm"):
         lora_config(build("clip"), sites=["norm"])
 
 

@@ -1,0 +1,63 @@
+"""The `data:` section of a run config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+Format = Literal[
+    "zoo", "karpathy", "blip", "flickr30k", "folder", "parquet", "webdataset", "datasets"
+]
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where the records of one split are.
+
+    Attributes:
+        format: name of the reader; `mmtune.data.readers` has a file for each.
+        path: file, folder, shard pattern or `datasets` repository (not used by zoo).
+        images: folder that image paths are relative to and may not leave; None means the folder of
+            the file that names them.
+        split: which part of the source; None means the one that fits the role (train, val, test)
+            where the format has splits, and everything where it has none.
+        name: name of the shipped data set (zoo only), or of the `datasets` configuration.
+        limit: read only the first records.
+        restval: Karpathy splits only: images of "restval" belong to "train".
+    """
+
+    format: Format
+    path: str | None = None
+    images: str | None = None
+    split: str | None = None
+    name: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    restval: bool = True
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(Format):
+            known = ", ".join(get_args(Format))
+            raise ValueError(f"no data format {self.format!r}; there are {known}")
+        if self.format == "zoo" and not self.name:
+            raise ValueError("format: zoo needs `name`, such as name: clipart-animals")
+        if self.format != "zoo" and not self.path:
+            raise ValueError(f"format: {self.format} needs `path`")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The data of a run.
+
+    Attributes:
+        train, val, test: a source each; None where the run does not use it.
+        on_error: what happens to bad records: "raise" stops before training and lists them, "skip"
+            leaves them out and says how many. A file that cannot be read at all always stops.
+    """
+
+    train: SourceOptions | None = None
+    val: SourceOptions | None = None
+    test: SourceOptions | None = None
+    on_error: OnError = "raise"

@@ -1,0 +1,55 @@
+"""BLIP's flat JSON: [{"image": path, "caption": text or list, "image_id"?: id}]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from mmtune.data.options import SourceOptions
+from mmtune.data.readers.json_files import image_root, load_json, wrong_shape
+from mmtune.data.records import ImageFile, ImageRef, Problem, Record, captions_of
+
+
+def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
+    """Yield one record per image: the training file has one entry per caption."""
+    path = str(source.path)
+    document = load_json(path)
+    if not isinstance(document, list):
+        raise wrong_shape(path, "a list of {image, caption} (BLIP's flat JSON)", document)
+    root = image_root(source.images, path)
+    entries = (
+        _record(item, root, f"{path}, record {number}") for number, item in enumerate(document)
+    )
+    return iter(merged(entries))
+
+
+def merged(entries: Iterator[Record | Problem]) -> list[Record | Problem]:
+    """Entries of the same image become one record, in order of first appearance."""
+    found: list[Record | Problem] = []
+    at: dict[ImageRef, int] = {}
+    for entry in entries:
+        known = at.get(entry.image) if isinstance(entry, Record) else None
+        first = found[known] if known is not None else None
+        if known is not None and isinstance(entry, Record) and isinstance(first, Record):
+            found[known] = replace(first, captions=first.captions + entry.captions)
+            continue
+        if isinstance(entry, Record):
+            at[entry.image] = len(found)
+        found.append(entry)
+    return found
+
+
+def _record(item: object, root: str, where: str) -> Record | Problem:
+    if not isinstance(item, dict):
+        return Problem(where, "malformed record", f"expected a mapping, got {item!r:.60}")
+    image = item.get("image")
+    if not isinstance(image, str):
+        return Problem(where, "malformed record", f"image is {image!r:.60}, expected a path")
+    captions = captions_of(item.get("caption"), where)
+    if isinstance(captions, Problem):
+        return captions
+    rest = {k: v for k, v in item.items() if k not in ("image", "caption")}
+    identity = item.get("image_id")
+    return Record(
+        ImageFile(root, image), captions, str(image if identity is None else identity), where, rest
+    )

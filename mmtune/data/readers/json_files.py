@@ -1,0 +1,45 @@
+"""JSON that is what it says, or a DataError with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmtune.data.records import DataError, Problem
+
+
+def load_json(path: str) -> Any:
+    """Parse a JSON file. Raises DataError: missing, not UTF-8, or not JSON (with the line)."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}"
+        raise DataError([Problem(where, "not JSON", error.msg)]) from None
+    except RecursionError:
+        raise DataError([Problem(path, "not JSON", "nested too deeply")]) from None
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file (a byte-order mark is allowed). Raises DataError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError([Problem(path, "not UTF-8", str(error))]) from None
+    except OSError as error:
+        raise DataError([Problem(path, "missing file", error.strerror or str(error))]) from None
+
+
+def image_root(images: str | None, path: str) -> str:
+    """The folder that image paths are relative to: as given, or that of the file naming them."""
+    return images if images is not None else str(Path(path).parent)
+
+
+def wrong_shape(path: str, expected: str, got: Any) -> DataError:
+    """The error for JSON of another kind than the format's."""
+    if isinstance(got, dict):
+        found = f"a mapping with keys {', '.join(map(repr, list(got)[:5]))}"
+    else:
+        found = f"a {type(got).__name__}"
+    return DataError([Problem(path, "not the format it says", f"expected {expected}, got {found}")])

@@ -1,0 +1,1 @@
+"""Metrics of the tasks, each checked against golden numbers."""
