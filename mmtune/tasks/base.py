@@ -82,6 +82,10 @@ class Task(Protocol):
         """Samples -> one batch on the CPU."""
         ...
 
+    def before_training(self, model: nn.Module) -> None:
+        """Choose what else trains (a temperature); after PEFT, before the optimiser."""
+        ...
+
     def loss(
         self, model: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:

@@ -1,0 +1,1 @@
+"""Edits of multimodal language models: applied, measured and undone."""

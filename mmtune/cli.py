@@ -1,0 +1,340 @@
+"""The `mmtune` command: reads arguments, calls the library, prints tables."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mmtune.config import RunConfig
+    from mmtune.runs import Results
+    from mmtune.tasks.base import Evaluation
+
+OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 for what the user can mend, or 130 after Ctrl-C."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positionals in one piece only; overrides may also follow an option.
+    if rest and not (hasattr(options, "overrides") and all(_is_override(text) for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    if options.command is None:
+        parser.print_help()
+        return OK
+    logging.basicConfig(
+        level=logging.INFO if options.debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    _quieten_libraries(options.debug)
+    try:
+        options.handler(options)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if options.debug or not _is_user_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return OK
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mmtune",
+        description="Parameter-efficient fine-tuning of vision-language models.",
+        epilog="Configs are found by path or by name: `mmtune list configs`.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show logs and tracebacks")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    train = _command(commands, "train", _train, "fine-tune a model as a config says")
+    _add_config(train)
+    train.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    train.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
+    train.add_argument(
+        "--dry-run", action="store_true", help="load and check everything, train nothing"
+    )
+    train.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+
+    evaluate = _command(commands, "eval", _eval, "evaluate a run, or a config's base model")
+    evaluate.add_argument("run", metavar="RUN_OR_CONFIG", help="a run folder, or a config")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    evaluate.add_argument("--adapter", type=Path, help="adapter folder (a run has its own)")
+    evaluate.add_argument("--split", default="test", help="split of the data (default: test)")
+
+    params = _command(commands, "params", _params, "count what a config would train")
+    _add_config(params)
+
+    merge = _command(commands, "merge", _merge, "fold a run's adapter into stock weights")
+    merge.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    merge.add_argument("--out", type=Path, required=True, help="folder to write")
+
+    listing = _command(commands, "list", _list, "show what there is")
+    listing.add_argument("what", choices=("backbones", "methods", "tasks", "configs"))
+    return parser
+
+
+def _command(commands: Any, name: str, handler: Any, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:])
+    parser.set_defaults(command=name, handler=handler)
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, or the name of a shipped config")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as training.lr=1e-3"
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from mmtune.config import load_config
+    from mmtune.finetuning import fine_tune, first_process
+    from mmtune.runs import RunFolder
+
+    config = load_config(options.config, options.overrides)
+    folder = RunFolder(options.runs / config.name)
+    if first_process():
+        folder.check(resume=options.resume, overwrite=options.overwrite or options.dry_run)
+    if options.dry_run:
+        _dry_run(config)
+        return
+    try:
+        results = fine_tune(config, folder, options.resume, options.overwrite, tell=_tell)
+    except KeyboardInterrupt:
+        _tell(f"{folder.path} is unfinished; the same command with --resume goes on with it")
+        raise
+    if first_process():
+        _print(_results_table(config, results))
+        _print_costs(results)
+        print(f"adapter: {folder.adapter}\nreport:  {folder.path / 'report.html'}")
+
+
+def _dry_run(config: RunConfig) -> None:
+    from mmtune.finetuning import first_process, prepare, require_splits, wrap
+
+    require_splits(config)
+    ready = prepare(config)
+    model, groups = wrap(config, ready.loaded)
+    if first_process():
+        _print(_parameter_table(config, model, groups))
+        count = len(ready.task.train_dataset)  # type: ignore[arg-type]
+        steps = count // config.training.batch_size // config.training.accumulation
+        print(f"{count:,} training samples, about {steps:,} steps an epoch on one process")
+        print("nothing was trained or written (--dry-run)")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from mmtune.config import load_config
+    from mmtune.finetuning import evaluate, first_process
+    from mmtune.runs import RunFolder
+
+    path, adapter = Path(options.run), options.adapter
+    if path.is_dir():
+        folder = RunFolder(path)
+        folder.check_holds_run()
+        config = load_config(folder.config, options.overrides)
+        adapter = adapter or folder.adapter
+    else:
+        config = load_config(options.run, options.overrides)
+    found = evaluate(config, adapter, options.split)
+    if first_process():
+        what = f"{config.model.name} with {adapter}" if adapter else f"{config.model.name}"
+        _print(_evaluation_table(f"{what}, {options.split} split", found))
+
+
+def _params(options: argparse.Namespace) -> None:
+    from mmtune.config import load_config
+    from mmtune.finetuning import load_model, wrap
+
+    config = load_config(options.config, options.overrides)
+    model, groups = wrap(config, load_model(config))
+    _print(_parameter_table(config, model, groups))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from mmtune.config import load_config
+    from mmtune.merging import merge_run
+    from mmtune.runs import RunFolder
+
+    folder = RunFolder(options.run)
+    folder.check_holds_run()
+    difference = merge_run(load_config(folder.config), folder.adapter, options.out)
+    print(f"stock weights in {options.out}; outputs differ by {difference:.1e} relative")
+
+
+def _list(options: argparse.Namespace) -> None:
+    {
+        "backbones": _list_backbones,
+        "methods": _list_methods,
+        "tasks": _list_tasks,
+        "configs": _list_configs,
+    }[options.what]()
+
+
+def _list_backbones() -> None:
+    from mmtune import zoo
+    from mmtune.backbones import families
+    from mmtune.backbones.loading import SCHEMES
+
+    table = _table("backbone", "what it is")
+    for name, cls in families().items():
+        table.add_row(name, cls.summary)
+    _print(table)
+    names = _table("model.name", "")
+    for model in zoo.names()["models"]:
+        names.add_row(f"zoo:{model}", "ships with mmtune")
+    for scheme, text in SCHEMES.items():
+        names.add_row(scheme, text)
+    _print(names)
+
+
+def _list_methods() -> None:
+    from mmtune.tuners.registry import methods
+
+    table = _table("method", "what it trains", "source", "options")
+    for method in methods().values():
+        table.add_row(method.name, method.summary, method.source, _fields(method.options))
+    _print(table)
+
+
+def _list_tasks() -> None:
+    from mmtune.tasks import tasks
+
+    table = _table("task", "objective", "options")
+    for name, cls in tasks().items():
+        table.add_row(name, cls.summary, _fields(cls.options))
+    _print(table)
+
+
+def _list_configs() -> None:
+    from mmtune.config import config_names
+
+    table = _table("config", "command")
+    for name, path in config_names().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        table.add_row(name, first.removeprefix("#").strip())
+    _print(table)
+
+
+def _fields(cls: type) -> str:
+    return ", ".join(getattr(cls, "__dataclass_fields__", {}))
+
+
+def _results_table(config: RunConfig, results: Results) -> Table:
+    from mmtune.report.numbers import rows
+
+    title = f"{config.name}: {config.method} on {config.model.name}, {results.split} split"
+    table = _table("metric", "before", "after", "difference", title=title, right=True)
+    colours = {1: "green", -1: "red", 0: ""}
+    for row in rows(results):
+        difference = f"{row.difference} {row.interval}".strip()
+        table.add_row(row.name, row.before, row.after, _styled(difference, colours[row.sign]))
+    table.caption = "brackets: 95 % intervals; differences are paired"
+    return table
+
+
+def _evaluation_table(title: str, found: Evaluation) -> Table:
+    from mmtune.report.numbers import with_interval
+
+    table = _table("metric", "value [95 %]", "queries", title=title, right=True)
+    for name, metric in found.metrics.items():
+        table.add_row(name, with_interval(metric), f"{metric.n:,}")
+    return table
+
+
+def _parameter_table(config: RunConfig, model: Any, groups: Sequence[Any]) -> Table:
+    from mmtune.parameters import counts
+
+    trainable, total = counts(model)
+    title = f"{config.method} on {config.model.name}"
+    table = _table("branch", "role", "tensors", "parameters", title=title, right=True)
+    for group in groups:
+        table.add_row(group.branch, group.role, f"{group.tensors:,}", f"{group.count:,}")
+    table.add_section()
+    table.add_row("trainable", "", f"{sum(g.tensors for g in groups):,}", f"{trainable:,}")
+    table.add_row("all", "", "", f"{total:,}")
+    table.add_row("share", "", "", f"{100 * trainable / total:.3g} %")
+    return table
+
+
+def _print_costs(results: Results) -> None:
+    from mmtune.report.numbers import facts
+
+    for fact in facts(results):
+        print(f"{fact.label}: {fact.value} ({fact.detail})")
+
+
+def _table(*columns: str, title: str | None = None, right: bool = False) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if right and index else "left", overflow="fold")
+    return table
+
+
+def _styled(text: str, style: str) -> Any:
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    # A pipe or a log has no width (80 would fold tables); texts hold brackets that are no markup.
+    width = None if Console().is_terminal else 120
+    Console(width=width, markup=False, highlight=False).print(table)
+
+
+def _tell(text: str) -> None:
+    from mmtune.finetuning import first_process
+
+    if first_process():
+        print(f"· {text}", file=sys.stderr, flush=True)
+
+
+def _quieten_libraries(debug: bool) -> None:
+    """Progress bars and advice of libraries, or of other processes, would drown ours."""
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not text.startswith("-")
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Errors that our libraries raise for what a user can mend (they say how)."""
+    if isinstance(error, ValueError | OSError | ImportError):
+        return True
+    return any(
+        cls.__module__.startswith("mmtune") or "no backbone describes" in str(error)
+        for cls in type(error).__mro__
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

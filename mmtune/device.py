@@ -1,0 +1,55 @@
+"""Where a run computes, and how much memory it takes there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmtune.checkpoints import TrainingError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from mmtune.config import TrainingOptions
+
+
+def device_of(options: TrainingOptions) -> torch.device:
+    """The device that `options` mean for this process."""
+    if options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError("training.device is cuda, but torch sees no CUDA device. Use cpu.")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def checkpoint_activations(model: PeftModel) -> None:
+    """Recompute activations in the backward pass. TrainingError where the model cannot."""
+    from mmtune.backbones import backbone_of
+
+    backbone = backbone_of(model)
+    if not backbone.set_gradient_checkpointing():
+        raise TrainingError(
+            f"{type(backbone.model).__name__} cannot checkpoint activations. "
+            "Set training.gradient_checkpointing: false."
+        )
+
+
+class PeakMemory:
+    """The most memory taken since this was made (CUDA) or since the process began (CPU)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def peak(self) -> tuple[int, str]:
+        """Bytes, and of what: "CUDA allocated" or "process RSS" (its high-water mark)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device), "CUDA allocated"
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process RSS"

@@ -1,0 +1,395 @@
+"""The transformers Trainer, told about tasks and tuners; checkpoints that survive being killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from mmtune.batches import EpochBatches
+from mmtune.checkpoints import STATE, TrainingError, checkpoints, load_weights, save_weights, sync
+from mmtune.config import TrainingOptions
+from mmtune.device import PeakMemory, checkpoint_activations, device_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from mmtune.tasks.base import Task
+
+log = logging.getLogger(__name__)
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run leaves beside the weights.
+
+    Attributes:
+        steps: optimiser steps in all, those before a resume included.
+        seconds: wall time of training, that before a resume included.
+        peak_memory: bytes; `memory_kind` says of what.
+        best_step: the step whose weights the model ends with, where `keep` is "best".
+    """
+
+    steps: int
+    seconds: float
+    peak_memory: int
+    memory_kind: str
+    best_step: int | None = None
+
+
+class _Flow(TrainerCallback):
+    """Tells task and sampler the epoch, draws the progress bar, and chooses when to save."""
+
+    def __init__(self, trainer: TaskTrainer, progress: bool) -> None:
+        self.trainer, self.progress = trainer, progress
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.restore_sums()
+        if self.progress and state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="train", unit="step"
+            )
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = state.global_step // self.trainer.steps_per_epoch
+        self.trainer.batches.set_epoch(epoch)
+        self.trainer.task.set_epoch(epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # else a short run, or the rest of a long one, is not seen
+        ends_epoch = state.global_step % self.trainer.steps_per_epoch == 0
+        if self.trainer.options.evaluate == "epoch" and ends_epoch:
+            # A checkpoint taken here would resume after the evaluation that is still to come.
+            control.should_save = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.options.evaluate == "epoch" and self.trainer.options.save_every:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.2e}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class TaskTrainer(Trainer):
+    """A Trainer whose loss and evaluation come from a `Task`, and whose checkpoints are atomic.
+
+    A checkpoint holds the adapter, optimiser, scheduler, random states and counters, never the
+    base. It is written under a name that resuming ignores and renamed when whole.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        task: Task,
+        options: TrainingOptions,
+        arguments: TrainingArguments,
+        metrics: Path,
+        progress: bool,
+    ) -> None:
+        self.task, self.options, self.metrics_file = task, options, metrics
+        self.adapted = model
+        self.progress = progress
+        self.sums: dict[str, list[float]] = {}
+        self.resumed: dict[str, Any] = {}
+        self.started = time.monotonic()
+        self.batches = EpochBatches(
+            len(task.train_dataset),  # type: ignore[arg-type]
+            options.batch_size,
+            arguments.seed,
+            arguments.process_index,
+            arguments.world_size,
+            options.drop_last,
+        )
+        self.steps_per_epoch = math.ceil(len(self.batches) / options.accumulation)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=task.train_dataset,
+            eval_dataset=task.train_dataset if options.evaluate == "epoch" else None,
+            data_collator=task.collate,
+        )
+        # The task's loss is the mean over its micro-batch: the Trainer divides by their number.
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.flow = _Flow(self, progress)
+        self.add_callback(self.flow)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this process, on the CPU; skipping ahead decodes nothing."""
+        dataset: Dataset = self.task.train_dataset
+        return DataLoader(
+            dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.task.collate,
+            num_workers=self.options.workers,
+            pin_memory=self.args.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss. Raises TrainingError where it is not a finite number."""
+        loss, numbers = self.task.loss(model, inputs)
+        if not torch.isfinite(loss.detach()):
+            raise TrainingError(
+                f"the loss is {loss.item()} in step {self.state.global_step + 1}. Lower "
+                f"training.lr (now {self.options.lr:g}), raise training.warmup, or set "
+                "training.precision: float32."
+            )
+        for name, value in numbers.items():
+            total = self.sums.setdefault(name, [0.0, 0.0])
+            total[0] += float(value)
+            total[1] += 1
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Also write one line of metrics.jsonl per logged training step."""
+        if "loss" in logs:
+            means = {name: total / count for name, (total, count) in self.sums.items()}
+            self.sums.clear()
+            self._write_line({**logs, **means})
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The task's evaluation of the val split, as `eval_…` numbers."""
+        found = self.task.evaluate(self.adapted, "val", self.progress and self.args.should_save)
+        numbers = {f"eval_{name}": metric.value for name, metric in found.metrics.items()}
+        self._write_line(numbers)
+        self.log(numbers)
+        numbers["eval_primary"] = found.metrics[found.primary].value
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, numbers
+        )
+        return numbers
+
+    def _write_line(self, numbers: dict[str, float]) -> None:
+        if self.args.should_save:
+            epoch = round(self.state.epoch or 0, 4)
+            line = {"step": self.state.global_step, "epoch": epoch, **numbers}
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def seconds(self) -> float:
+        """Wall time of training so far, that before a resume included."""
+        return self.resumed.get("seconds", 0.0) + time.monotonic() - self.started
+
+    def restore_sums(self) -> None:
+        """After a resume: the running sums that the next logged line is a mean of."""
+        if self.resumed:
+            self._tr_loss = torch.tensor(self.resumed["loss_sum"], device=self.args.device)
+            self._globalstep_last_logged = self.resumed["last_logged"]
+            self._total_loss_scalar = self.resumed["loss_total"]
+            self.sums = {name: list(total) for name, total in self.resumed["sums"].items()}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        final = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        partial = final.with_name(f".partial-{final.name}")
+        self.store_flos()
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._save(str(partial))
+        self._save_optimizer_and_scheduler(str(partial))
+        self._save_scaler(str(partial))
+        self._save_rng_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+            (partial / STATE).write_text(json.dumps(self._sums_to_resume()), encoding="utf-8")
+            sync(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            self._drop_old_checkpoints(final)
+        self.accelerator.wait_for_everyone()
+
+    def _sums_to_resume(self) -> dict[str, Any]:
+        return {
+            "loss_sum": self._tr_loss.item(),
+            "loss_total": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "sums": self.sums,
+            "seconds": self.seconds(),
+            "batch_size": self.options.batch_size * self.args.world_size,
+        }
+
+    def _drop_old_checkpoints(self, newest: Path) -> None:
+        found = checkpoints(newest.parent)
+        best = newest.with_name(f"checkpoint-{self.state.best_global_step}")
+        for path in found[: -self.options.checkpoints]:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        save_weights(self.adapted, Path(str(output_dir)))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_weights(self.adapted, Path(resume_from_checkpoint))
+
+
+def train(
+    model: PeftModel,
+    task: Task,
+    options: TrainingOptions,
+    folder: Path,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainingResult:
+    """Train the adapter of `model` on the task's training split.
+
+    Args:
+        model: a PeftModel; it is moved to the training device and trained in place.
+        task: the objective, with its data.
+        options: see `TrainingOptions`.
+        folder: receives metrics.jsonl and checkpoints/.
+        seed: of data order and dropout.
+        resume: go on from the newest whole checkpoint, or start where there is none.
+        progress: draw a progress bar on the first process.
+
+    Raises:
+        TrainingError: nothing to train, data smaller than a batch, or a loss that is not finite.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError(
+            "the model has no trainable parameter. Check that tuner.branches and tuner.sites "
+            "choose something, and that the adapter was loaded with trainable=True."
+        )
+    arguments = _arguments(options, folder / "checkpoints", seed)
+    if options.gradient_checkpointing:
+        checkpoint_activations(model)
+    metrics = folder / "metrics.jsonl"
+    trainer = TaskTrainer(model, task, options, arguments, metrics, progress)
+    steps = math.ceil(options.epochs * trainer.steps_per_epoch)
+    arguments.max_steps = min(steps, options.max_steps or steps)
+    found = checkpoints(folder / "checkpoints") if resume else []
+    done = _start(trainer, found[-1] if found else None, metrics)
+    memory = PeakMemory(arguments.device)
+    try:
+        if done < arguments.max_steps:
+            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    finally:
+        trainer.flow.close()
+        # Undo the autocast wrapping of forward, so that evaluation sees the model as it was.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    best = _restore_best(trainer) if options.keep == "best" else None
+    peak, kind = memory.peak()
+    return TrainingResult(max(done, trainer.state.global_step), trainer.seconds(), peak, kind, best)
+
+
+def _start(trainer: TaskTrainer, checkpoint: Path | None, metrics: Path) -> int:
+    """Clear or cut metrics.jsonl; read what a checkpoint says. Returns the steps already done."""
+    if checkpoint is None:
+        if trainer.args.should_save:
+            metrics.unlink(missing_ok=True)
+        return 0
+    trainer.resumed = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    together = trainer.options.batch_size * trainer.args.world_size
+    if trainer.resumed["batch_size"] != together:
+        raise TrainingError(
+            f"{checkpoint} was trained with {trainer.resumed['batch_size']} samples a step on all "
+            f"processes together, now it is {together}; the data order would differ. Resume with "
+            "the same batch size times processes."
+        )
+    trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
+    step = trainer.state.global_step
+    if trainer.args.should_save and metrics.exists():
+        kept = [
+            line
+            for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            if line.endswith("\n") and json.loads(line)["step"] <= step
+        ]
+        partial = metrics.with_name(f".{metrics.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(metrics)
+    log.info("resuming from %s", checkpoint)
+    if step >= trainer.args.max_steps:
+        load_weights(trainer.adapted, checkpoint)
+    return step
+
+
+def _restore_best(trainer: TaskTrainer) -> int | None:
+    step = trainer.state.best_global_step
+    if step is None:
+        return None
+    trainer.accelerator.wait_for_everyone()
+    load_weights(trainer.adapted, Path(str(trainer.args.output_dir)) / f"checkpoint-{step}")
+    return step
+
+
+def _arguments(options: TrainingOptions, output: Path, seed: int) -> TrainingArguments:
+    """Our options in the Trainer's words."""
+    device = device_of(options)
+    if options.report_to != "none" and find_spec(options.report_to) is None:
+        raise TrainingError(
+            f"training.report_to is {options.report_to}, which is not installed. "
+            f"Run `pip install {options.report_to}`, or set training.report_to: none."
+        )
+    if options.keep == "best" and not options.save_every:
+        raise TrainingError("training.keep: best needs checkpoints; set training.save_every > 0.")
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        num_train_epochs=options.epochs,
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup,
+        lr_scheduler_type=SCHEDULES[options.schedule],
+        max_grad_norm=options.max_grad_norm,
+        optim="adamw_torch",
+        bf16=options.precision == "bf16",
+        use_cpu=device.type == "cpu",
+        eval_strategy=options.evaluate if options.evaluate == "epoch" else "no",
+        metric_for_best_model="primary" if options.evaluate == "epoch" else None,
+        greater_is_better=True,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or 500,
+        logging_steps=options.log_every,
+        logging_nan_inf_filter=False,
+        report_to=options.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=[],
+        seed=seed,
+    )
+    # Several GPUs are used through torchrun; DataParallel would split batches behind the task.
+    _ = arguments.device
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -1,0 +1,42 @@
+"""Every shipped config loads, opens with its command, and resolves to what it says."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from mmtune.config import config_names, load_config, to_yaml
+
+# Folders whose configs have another shape are read by the commands that own them.
+RUNS = {n: p for n, p in config_names().items() if n.partition("/")[0] in ("demo", "train")}
+
+
+def test_there_are_shipped_configs():
+    assert {"demo/retrieval", "demo/retrieval_lora"} <= set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_config_loads_and_reads_back(name, tmp_path):
+    config = load_config(RUNS[name])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_config_opens_with_the_command_that_runs_it(name):
+    from mmtune.cli import build_parser
+
+    first = RUNS[name].read_text(encoding="utf-8").partition("\n")[0]
+    program, *arguments = shlex.split(first.removeprefix("#"))
+    assert program == "mmtune"
+    options, rest = build_parser().parse_known_args(arguments)
+    assert rest == []
+    assert options.command == "train"
+    assert options.config == f"configs/{name}.yaml"
+
+
+def test_run_names_are_unique():
+    names = [load_config(path).name for path in RUNS.values()]
+    assert len(set(names)) == len(names)

@@ -1,0 +1,61 @@
+"""Commands in the README's code blocks are commands that there are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+SHELL = [
+    line.strip().removeprefix("$ ")
+    for kind, text in BLOCKS
+    if kind in ("", "sh", "bash", "shell", "console")
+    for line in re.sub(r"\\\n\s*", "", text).splitlines()
+]
+COMMANDS = [line for line in SHELL if line.startswith("mmtune ")]
+TARGETS = [line for line in SHELL if line.startswith("make ")]
+PYTHON = [text for kind, text in BLOCKS if kind in ("python", "py")]
+
+
+def placeholders(text):
+    """What a reader is meant to replace, such as … or <name>, as one word."""
+    return re.sub(r"…|\.\.\.|<[^>]*>", "X", text)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses_and_its_config_loads(command):
+    from mmtune.cli import build_parser
+    from mmtune.config import find_config, load_config
+
+    words = shlex.split(placeholders(command), comments=True)[1:]
+    options, rest = build_parser().parse_known_args(words)
+    assert all("=" in text and not text.startswith("-") for text in rest), rest
+    config = getattr(options, "config", None)
+    if config and "X" not in config and "*" not in config and not config.startswith("my"):
+        assert find_config(config)
+        load_config(config, [*options.overrides, *rest])
+
+
+@pytest.mark.parametrize("command", TARGETS)
+def test_make_target_exists(command):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for word in shlex.split(command, comments=True)[1:]:
+        if "=" not in word:
+            assert re.search(rf"^{re.escape(word)}:", makefile, flags=re.MULTILINE), word
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_block_is_python_and_its_names_can_be_imported(code):
+    import ast
+    import importlib
+
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmtune"):
+            module = importlib.import_module(node.module or "")
+            for alias in node.names:
+                assert hasattr(module, alias.name), alias.name
