@@ -106,6 +106,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from mmtune.config import load_config
+    from mmtune.device import leave_together
     from mmtune.finetuning import fine_tune, first_process
     from mmtune.runs import RunFolder
 
@@ -125,6 +126,7 @@ def _train(options: argparse.Namespace) -> None:
         _print(_results_table(config, results))
         _print_costs(results)
         print(f"adapter: {folder.adapter}\nreport:  {folder.path / 'report.html'}")
+    leave_together()
 
 
 def _dry_run(config: RunConfig) -> None:

@@ -37,6 +37,15 @@ def checkpoint_activations(model: PeftModel) -> None:
         )
 
 
+def leave_together() -> None:
+    """Wait for the other processes and close the group: one that leaves early aborts the others."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 class PeakMemory:
     """The most memory taken since this was made (CUDA) or since the process began (CPU)."""
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from mmtune.config import TrainingOptions
+from mmtune.device import leave_together
 from mmtune.tasks.base import Evaluation, Metric
 from mmtune.training import train
 
@@ -125,3 +126,4 @@ if __name__ == "__main__":
         trained = divided(to, int(sys.argv[3]))
     if os.environ.get("RANK", "0") == "0":
         trained.save_pretrained(to / "adapter")
+    leave_together()

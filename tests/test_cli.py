@@ -60,6 +60,9 @@ class PairTask:
         if self.chosen.interrupt:
             raise KeyboardInterrupt
 
+    def before_training(self, model):
+        pass
+
     def collate(self, samples):
         return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
 

@@ -21,6 +21,8 @@ from mmtune.checkpoints import TrainingError, checkpoints, load_weights
 from mmtune.config import TrainingOptions
 from mmtune.device import checkpoint_activations
 from mmtune.training import train
+from mmtune.tuners.presets import lora_config
+from tests.conformance.cases import build
 from tests.fake_task import FakeTask, make_model
 
 SCRIPT = Path(__file__).with_name("fake_task.py")
@@ -301,5 +303,7 @@ def test_weights_of_another_rank_are_refused(tmp_path):
 
 
 def test_gradient_checkpointing_of_a_model_without_it_is_refused():
-    with pytest.raises(TrainingError, match="Sequential cannot checkpoint activations"):
-        checkpoint_activations(make_model())
+    model = build("open_clip-fused")
+    wrapped = get_peft_model(model, lora_config(model))
+    with pytest.raises(TrainingError, match="CLIP cannot checkpoint activations"):
+        checkpoint_activations(wrapped)

@@ -204,7 +204,6 @@ def test_gradient_checkpointing_changes_nothing(method, backbone):
         assert torch.allclose(a, b, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_no_graph_break_beyond_the_base(method, backbone):
     model = build(backbone)
     view = backbone_of(model)

@@ -1,0 +1,1 @@
+"""Readers of raw collections, one file each."""

@@ -1,0 +1,98 @@
+"""The small data sets and models that ship with the project, and the recipes that made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmtune.backbones.base import Loaded
+
+_ROOT = Path(__file__).resolve().parent
+DATA_ROOT = _ROOT / "data"
+MODEL_ROOT = _ROOT / "models"
+FLAVOURS = ("open_clip", "hf")
+
+
+class ZooError(LookupError):
+    """A name, split or flavour that the zoo does not have; the message lists those it has."""
+
+
+def names() -> dict[str, list[str]]:
+    """What there is: {"models": [...], "<data set>": [its splits]}; data sets in order of name."""
+    found: dict[str, list[str]] = {"models": _models()}
+    for name in _data_sets():
+        found[name] = _splits(name)
+    return found
+
+
+def data_path(name: str, split: str) -> Path:
+    """The parquet file of one split, such as `data_path("clipart-animals", "train")`.
+
+    Raises:
+        ZooError: no such data set or split; the message lists those there are.
+    """
+    if name not in _data_sets():
+        raise ZooError(
+            f"the zoo has no data set {name!r}; it has {', '.join(_data_sets()) or 'none'}"
+        )
+    if split not in _splits(name):
+        raise ZooError(f"{name} has no split {split!r}; it has {', '.join(_splits(name))}")
+    return DATA_ROOT / f"{name}-{split}.parquet"
+
+
+def model_path(name: str) -> Path:
+    """The folder of a shipped model, in stock layout.
+
+    Raises:
+        ZooError: no such model; the message lists those there are.
+    """
+    if name not in _models():
+        raise ZooError(f"the zoo has no model {name!r}; it has {', '.join(_models()) or 'none'}")
+    return MODEL_ROOT / name
+
+
+def load(name: str = "tiny-clip", flavour: str = "open_clip") -> Loaded:
+    """Load a shipped model in float32, in eval mode, on the CPU.
+
+    Args:
+        name: a model of `names()["models"]`.
+        flavour: "open_clip" for open_clip's CLIP, "hf" for transformers' CLIPModel; outputs agree.
+
+    Raises:
+        ZooError: no such model or flavour.
+    """
+    folder = model_path(name)
+    if flavour not in FLAVOURS:
+        raise ZooError(f"{name} has no flavour {flavour!r}; it has {', '.join(FLAVOURS)}")
+    from mmtune.zoo.loading import load_clip
+
+    return load_clip(folder, name, flavour)
+
+
+def _models() -> list[str]:
+    return sorted(p.parent.name for p in MODEL_ROOT.glob("*/*config.json"))
+
+
+_SPLITS = ("train", "val", "test", "test-text")
+
+
+def _data_sets() -> list[str]:
+    return sorted({_parts(path.stem)[0] for path in DATA_ROOT.glob("*.parquet")})
+
+
+def _splits(name: str) -> list[str]:
+    have = {split for n, split in map(_parts, _stems()) if n == name}
+    return [split for split in _SPLITS if split in have]
+
+
+def _stems() -> list[str]:
+    return [path.stem for path in DATA_ROOT.glob("*.parquet")]
+
+
+def _parts(stem: str) -> tuple[str, str]:
+    """`clipart-animals-test` -> (`clipart-animals`, `test`); the longest known split wins."""
+    for split in sorted(_SPLITS, key=len, reverse=True):
+        if stem.endswith("-" + split):
+            return stem[: -len(split) - 1], split
+    return stem, ""

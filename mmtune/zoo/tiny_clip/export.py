@@ -1,0 +1,93 @@
+"""Embed, score and write the trained model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmtune.zoo.tiny_clip.scoring import score
+from mmtune.zoo.tiny_clip.teachers import sentence_embeddings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mmtune.zoo.tiny_clip.material import Pictures
+    from mmtune.zoo.tiny_clip.recipe import Recipe
+    from mmtune.zoo.tiny_clip.teachers import JointTeacher
+
+
+def embed_pictures(
+    pictures: Pictures, size: int, device: torch.device, encode: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Unit vectors of a split's pictures as the shipped preprocessing shows them: [n, e]."""
+    import torch
+    from torch.nn import functional as F
+
+    found = []
+    for start in range(0, len(pictures.pixels), 256):
+        batch = pictures.pixels[start : start + 256].to(device).float()
+        batch = F.interpolate(batch, size=size, mode="bicubic", antialias=True).clamp(0, 255)
+        found.append(F.normalize(encode(batch / 127.5 - 1).float(), dim=-1).cpu())
+    return torch.cat(found)
+
+
+def score_pupil(model: Any, held: Pictures, tokenizer: Path, recipe: Recipe) -> dict[str, Any]:
+    """Recall of a CLIPModel on a split, from its captions."""
+    import torch
+    from torch.nn import functional as F
+    from transformers import CLIPTokenizer
+
+    device = next(model.parameters()).device
+    tokens = CLIPTokenizer.from_pretrained(str(tokenizer))(
+        [row["caption"] for row in held.rows],
+        return_tensors="pt",
+        padding="max_length",
+        truncation=True,
+        max_length=recipe.context,
+    ).input_ids.to(device)
+
+    def encode(batch: Tensor) -> Tensor:
+        return model.visual_projection(model.vision_model(pixel_values=batch).pooler_output)
+
+    with torch.no_grad():
+        texts = model.text_projection(model.text_model(input_ids=tokens).pooler_output)
+        images = embed_pictures(held, recipe.image_size, device, encode)
+    return score(images, F.normalize(texts.float(), dim=-1).cpu(), held.groups)
+
+
+def score_teacher(
+    recipe: Recipe, teacher: JointTeacher, folder: Path, held: Pictures, device: torch.device
+) -> dict[str, Any]:
+    """Recall of the joint teacher on a split."""
+    import torch
+
+    sentences = sentence_embeddings(folder, [row["caption"] for row in held.rows], device)
+    with torch.no_grad():
+        images = embed_pictures(
+            held, recipe.teacher_size, device, lambda b: teacher.pictures(teacher.features(b))
+        )
+        return score(images, teacher.texts(sentences.to(device)).cpu(), held.groups)
+
+
+def export(model: Any, out: Path) -> None:
+    """Write open_clip_config.json and open_clip_model.safetensors (fp16) beside the tokenizer."""
+    from safetensors.torch import save_file
+
+    from mmtune.zoo.conversion import open_clip_config, to_open_clip
+
+    state = {name: t.half().cpu().contiguous() for name, t in model.state_dict().items()}
+    temporary = out / "open_clip_model.safetensors.tmp"
+    save_file(to_open_clip(state), temporary, {"format": "pt"})
+    os.replace(temporary, out / "open_clip_model.safetensors")
+    write_json(open_clip_config(model.config, 0.5, 0.5), out / "open_clip_config.json")
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

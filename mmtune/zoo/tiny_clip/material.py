@@ -1,0 +1,126 @@
+"""Everything the recipe trains on, as tensors on one device."""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmtune.zoo import data_path
+from mmtune.zoo.tiny_clip import captions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SIDE = 128  # pixels; pictures are squashed to squares, as the shipped preprocessing does
+
+
+@dataclass
+class Pictures:
+    """One split.
+
+    Attributes:
+        pixels: uint8 [n, 3, 128, 128].
+        rows: the split's rows without the picture.
+        groups: n numbers; equal for equal captions.
+    """
+
+    pixels: Tensor
+    rows: list[dict[str, Any]]
+    groups: list[int]
+
+
+@dataclass
+class Material:
+    """The training split with its texts, and the extra texts.
+
+    Attributes:
+        pictures: the split.
+        mirror: bool [n], whether a mirrored drawing keeps its meaning.
+        groups: int64 [n].
+        tokens: int64 [n, v, t], v texts a drawing; the caption is the first.
+        sentences: [n, v, 384], the teacher's embeddings of the same texts.
+        word_tokens: int64 [w, t].
+        word_sentences: [w, 384].
+    """
+
+    pictures: Pictures
+    mirror: Tensor
+    groups: Tensor
+    tokens: Tensor
+    sentences: Tensor
+    word_tokens: Tensor
+    word_sentences: Tensor
+
+
+def read_pictures(name: str, split: str, limit: int | None = None) -> Pictures:
+    """Decode a split; `limit` takes its first rows only."""
+    import numpy as np
+    import pyarrow.parquet as pq
+    import torch
+    from PIL import Image
+
+    rows = pq.read_table(data_path(name, split)).slice(0, limit).to_pylist()
+    squares = []
+    for row in rows:
+        with Image.open(io.BytesIO(row.pop("image")["bytes"])) as opened:
+            image = opened.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        squares.append(np.asarray(image))
+    pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+    return Pictures(pixels, rows, captions.text_groups(rows))
+
+
+def training_texts(pictures: Pictures, count: int, seed: int) -> list[list[str]]:
+    """`count` texts for each drawing of the split, always the same for one seed."""
+    draw = random.Random(seed)
+    return [captions.variants(row, count, draw) for row in pictures.rows]
+
+
+def on_device(
+    pictures: Pictures,
+    texts: list[list[str]],
+    words: list[str],
+    sentences: Tensor,
+    tokenizer_folder: Path,
+    context: int,
+    device: torch.device,
+) -> Material:
+    """Tokenize and move everything to `device`.
+
+    Args:
+        pictures: n drawings.
+        texts: n lists of v texts.
+        words: w further texts.
+        sentences: [n * v + w, 384], embeddings of the texts in order, then of the words.
+        tokenizer_folder: holds the trained tokenizer.
+        context: tokens a text.
+        device: where training runs.
+    """
+    import torch
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(tokenizer_folder))
+    flat = [text for some in texts for text in some]
+    ids = tokenizer(
+        flat + words,
+        return_tensors="pt",
+        padding="max_length",
+        truncation=True,
+        max_length=context,
+    ).input_ids.to(device)
+    count, variants = len(texts), len(texts[0])
+    sentences = sentences.to(device)
+    cut = count * variants
+    pictures.pixels = pictures.pixels.to(device)
+    return Material(
+        pictures=pictures,
+        mirror=torch.tensor([captions.may_mirror(r) for r in pictures.rows], device=device),
+        groups=torch.tensor(pictures.groups, device=device),
+        tokens=ids[:cut].reshape(count, variants, context),
+        sentences=sentences[:cut].reshape(count, variants, -1),
+        word_tokens=ids[cut:],
+        word_sentences=sentences[cut:],
+    )

@@ -1,0 +1,143 @@
+"""Train `tiny-clip` from nothing on the pre-training split of `clipart`.
+
+    python -m mmtune.zoo.train_tiny_clip --out DIR --teachers DIR --seed 0
+
+Three stages on one GPU (or, for a smoke test with small numbers, on the CPU):
+1. a byte-pair tokenizer on the training texts and a list of words;
+2. a joint teacher: EfficientNet-Lite0 tuned with a linear map of MiniLM embeddings, by InfoNCE;
+3. the pupil, a stock transformers CLIPModel: InfoNCE with equal texts as positives and soft targets
+   by MiniLM similarity, plus distillation of the joint teacher on augmented and mixed pictures,
+   and of its text side on captions and words. Exponential averages of the weights are kept.
+The result is written in open_clip's layout, in fp16, with its scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmtune.zoo.tiny_clip import material as made
+from mmtune.zoo.tiny_clip.export import export, score_pupil, score_teacher, write_json
+from mmtune.zoo.tiny_clip.recipe import Recipe
+from mmtune.zoo.tiny_clip.stages import build_pupil, train_pupil, train_teacher
+from mmtune.zoo.tiny_clip.teachers import load_efficientnet, sentence_embeddings, word_list
+from mmtune.zoo.tiny_clip.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmtune.zoo.tiny_clip.material import Material
+
+log = logging.getLogger(__name__)
+
+EVALUATED = (
+    ("clipart", "val"),
+    ("clipart", "test"),
+    ("clipart", "test-text"),
+    ("clipart-animals", "test"),
+    ("clipart-food", "test"),
+)
+
+
+def train(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> dict[str, Any]:
+    """Run the whole recipe and write the model folder.
+
+    Args:
+        recipe: the numbers.
+        teachers: folder below which the two teacher packages are unpacked (or their cache).
+        out: the model folder; made if missing.
+        device: where training runs.
+
+    Returns:
+        What is also written to `out/metrics.json`: recipe, scores, parameters, seconds.
+    """
+    import torch
+
+    began = time.time()
+    torch.manual_seed(recipe.seed)
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    generator = torch.Generator(device=device).manual_seed(recipe.seed)
+    data = prepare(recipe, teachers, out, device)
+    checks = {pair: made.read_pictures(*pair) for pair in EVALUATED}
+    teacher = train_teacher(recipe, load_efficientnet(teachers), data, generator)
+    teacher_scores = {
+        f"{name}-{split}": score_teacher(recipe, teacher, teachers, held, device)
+        for (name, split), held in checks.items()
+    }
+    model = build_pupil(recipe, device)
+    average, steps = train_pupil(
+        recipe, model, teacher, data, generator, checks["clipart", "val"], out
+    )
+    for parameter in average.parameters():
+        parameter.data = parameter.data.half().float()  # what the file holds is what is scored
+    scores = {
+        f"{name}-{split}": score_pupil(average, held, out, recipe)
+        for (name, split), held in checks.items()
+    }
+    export(average, out)
+    report = {
+        "recipe": dataclasses.asdict(recipe) | {"steps": steps},
+        "scores": scores,
+        "teacher_scores": teacher_scores,
+        "parameters": sum(p.numel() for p in average.parameters()),
+        "training_pairs": len(data.mirror),
+        "seconds": round(time.time() - began),
+        "torch": torch.__version__,
+    }
+    write_json(report, out / "metrics.json")
+    return report
+
+
+def prepare(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> Material:
+    """Tokenizer (written to `out`), texts, their embeddings, and pictures on the device."""
+    pictures = made.read_pictures("clipart", "train", recipe.limit or None)
+    texts = made.training_texts(pictures, recipe.variants, recipe.seed)
+    words = word_list(teachers)[: recipe.words or None]
+    flat = [text for some in texts for text in some]
+    repeated = [text for text in flat for _ in range(5)]
+    train_tokenizer(repeated + words, recipe.vocab_size, out, recipe.context)
+    sentences = sentence_embeddings(teachers, flat + words, device)
+    return made.on_device(pictures, texts, words, sentences, out, recipe.context, device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    import torch
+
+    parser = argparse.ArgumentParser(
+        prog="python -m mmtune.zoo.train_tiny_clip",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--teachers", type=Path, required=True, help="unpacked teacher packages")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prepare-only", action="store_true", help="stop after the embeddings")
+    for field in dataclasses.fields(Recipe):
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=type(field.default), default=field.default)
+    given = vars(parser.parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    out, teachers, device = given.pop("out"), given.pop("teachers"), given.pop("device")
+    out.mkdir(parents=True, exist_ok=True)
+    prepare_only = given.pop("prepare_only")
+    recipe = Recipe(**given)
+    if prepare_only:
+        prepare(recipe, teachers, out, torch.device(device))
+        for pair in EVALUATED:
+            held = made.read_pictures(*pair)
+            sentence_embeddings(teachers, [row["caption"] for row in held.rows], device)
+        return
+    report = train(recipe, teachers, out, torch.device(device))
+    for name, scores in report["scores"].items():
+        log.info("%s %s", name, {k: v["value"] for k, v in scores.items()})
+
+
+if __name__ == "__main__":
+    main()
