@@ -48,12 +48,21 @@ MAX_PER_TITLE = 20
 
 @dataclass(frozen=True)
 class Record:
-    """One drawing, ready to be written. `picture` is WebP; `bits` is its `picture_hash`."""
+    """One drawing, ready to be written.
+
+    Attributes:
+        id: path of the SVG file below its root.
+        text: what is said of it.
+        picture: WebP.
+        bits: `picture_hash` before compression.
+        shipped_bits: `picture_hash` of what `picture` decodes to.
+    """
 
     id: str
     text: DrawingText
     picture: bytes
     bits: np.ndarray = field(repr=False, compare=False)
+    shipped_bits: np.ndarray = field(repr=False, compare=False)
 
     @property
     def category(self) -> str:
@@ -140,6 +149,7 @@ def _record(
     seen_pictures: set[bytes],
     rejections: Rejections,
 ) -> Record | None:
+    from PIL import Image
     from PIL.Image import DecompressionBombError
 
     path = png_root / Path(drawing.path).with_suffix(".png")
@@ -162,7 +172,12 @@ def _record(
     seen_pictures.add(digest)
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=QUALITY, method=6)
-    return Record(drawing.path, text, buffer.getvalue(), bits)
+    with Image.open(buffer) as shipped:
+        shipped_bits = picture_hash(shipped.convert("RGB"))
+    if shipped_bits is None:
+        rejections.add("blank on white", drawing.path)
+        return None
+    return Record(drawing.path, text, buffer.getvalue(), bits, shipped_bits)
 
 
 def _on_white(path: Path) -> Image:

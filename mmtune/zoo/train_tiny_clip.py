@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtune.zoo.score_tiny_clip import EVALUATED, score_splits
 from mmtune.zoo.tiny_clip import material as made
-from mmtune.zoo.tiny_clip.export import export, score_pupil, score_teacher, write_json
+from mmtune.zoo.tiny_clip.export import export, score_teacher, write_json
 from mmtune.zoo.tiny_clip.recipe import Recipe
 from mmtune.zoo.tiny_clip.stages import build_pupil, train_pupil, train_teacher
 from mmtune.zoo.tiny_clip.teachers import load_efficientnet, sentence_embeddings, word_list
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
     from mmtune.zoo.tiny_clip.material import Material
 
 log = logging.getLogger(__name__)
-
-EVALUATED = (
-    ("clipart", "val"),
-    ("clipart", "test"),
-    ("clipart", "test-text"),
-    ("clipart-animals", "test"),
-    ("clipart-food", "test"),
-)
 
 
 def train(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> dict[str, Any]:
@@ -71,19 +64,14 @@ def train(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> di
         for (name, split), held in checks.items()
     }
     model = build_pupil(recipe, device)
-    average, steps = train_pupil(
-        recipe, model, teacher, data, generator, checks["clipart", "val"], out
-    )
+    held = made.read_pictures("clipart", "val", side=recipe.image_size)
+    average, steps = train_pupil(recipe, model, teacher, data, generator, held, out)
     for parameter in average.parameters():
         parameter.data = parameter.data.half().float()  # what the file holds is what is scored
-    scores = {
-        f"{name}-{split}": score_pupil(average, held, out, recipe)
-        for (name, split), held in checks.items()
-    }
     export(average, out)
     report = {
         "recipe": dataclasses.asdict(recipe) | {"steps": steps},
-        "scores": scores,
+        "scores": score_splits(average, out),
         "teacher_scores": teacher_scores,
         "parameters": sum(p.numel() for p in average.parameters()),
         "training_pairs": len(data.mirror),

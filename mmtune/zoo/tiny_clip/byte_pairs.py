@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import pairwise
 
 Pair = tuple[str, str]
 
@@ -29,7 +30,7 @@ def learn_merges(words: Mapping[str, int], count: int, end: str = "</w>") -> lis
     totals: Counter[Pair] = Counter()
     places: defaultdict[Pair, set[int]] = defaultdict(set)
     for index, parts in enumerate(pieces):
-        for pair in zip(parts, parts[1:], strict=False):
+        for pair in pairwise(parts):
             totals[pair] += weights[index]
             places[pair].add(index)
     heap = [(-total, pair) for pair, total in totals.items()]
@@ -45,7 +46,7 @@ def learn_merges(words: Mapping[str, int], count: int, end: str = "</w>") -> lis
             old = pieces[index]
             new = _merged(old, best)
             for parts, sign in ((old, -1), (new, 1)):
-                for pair in zip(parts, parts[1:], strict=False):
+                for pair in pairwise(parts):
                     totals[pair] += sign * weights[index]
                     changed.add(pair)
                     if sign > 0:

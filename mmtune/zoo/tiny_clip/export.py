@@ -35,8 +35,14 @@ def embed_pictures(
     return torch.cat(found)
 
 
-def score_pupil(model: Any, held: Pictures, tokenizer: Path, recipe: Recipe) -> dict[str, Any]:
-    """Recall of a CLIPModel on a split, from its captions."""
+def score_pupil(model: Any, held: Pictures, tokenizer: Path) -> dict[str, Any]:
+    """Recall of a CLIPModel on a split, from its captions.
+
+    Args:
+        model: its vision tower's image size is the size of the pictures.
+        held: the split.
+        tokenizer: folder of its tokenizer.
+    """
     import torch
     from torch.nn import functional as F
     from transformers import CLIPTokenizer
@@ -47,7 +53,7 @@ def score_pupil(model: Any, held: Pictures, tokenizer: Path, recipe: Recipe) -> 
         return_tensors="pt",
         padding="max_length",
         truncation=True,
-        max_length=recipe.context,
+        max_length=model.config.text_config.max_position_embeddings,
     ).input_ids.to(device)
 
     def encode(batch: Tensor) -> Tensor:
@@ -55,7 +61,7 @@ def score_pupil(model: Any, held: Pictures, tokenizer: Path, recipe: Recipe) -> 
 
     with torch.no_grad():
         texts = model.text_projection(model.text_model(input_ids=tokens).pooler_output)
-        images = embed_pictures(held, recipe.image_size, device, encode)
+        images = embed_pictures(held, model.config.vision_config.image_size, device, encode)
     return score(images, F.normalize(texts.float(), dim=-1).cpu(), held.groups)
 
 

@@ -23,7 +23,7 @@ class Pictures:
     """One split.
 
     Attributes:
-        pixels: uint8 [n, 3, 128, 128].
+        pixels: uint8 [n, 3, side, side].
         rows: the split's rows without the picture.
         groups: n numbers; equal for equal captions.
     """
@@ -56,8 +56,8 @@ class Material:
     word_sentences: Tensor
 
 
-def read_pictures(name: str, split: str, limit: int | None = None) -> Pictures:
-    """Decode a split; `limit` takes its first rows only."""
+def read_pictures(name: str, split: str, limit: int | None = None, side: int = SIDE) -> Pictures:
+    """Decode a split, squashed to `side` pixels; `limit` takes its first rows only."""
     import numpy as np
     import pyarrow.parquet as pq
     import torch
@@ -67,7 +67,7 @@ def read_pictures(name: str, split: str, limit: int | None = None) -> Pictures:
     squares = []
     for row in rows:
         with Image.open(io.BytesIO(row.pop("image")["bytes"])) as opened:
-            image = opened.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            image = opened.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         squares.append(np.asarray(image))
     pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
     return Pictures(pixels, rows, captions.text_groups(rows))

@@ -27,7 +27,8 @@ class Recipe:
     teacher_size: int = 144
     teacher_steps: int = 400
     teacher_batch: int = 512
-    teacher_rate: float = 3e-4
+    teacher_rate: float = 3e-4  # 0 leaves EfficientNet as it is
+    scales: int = 0  # 1: the teacher's features come from all of its depths, not the last alone
     steps: int = 7000
     seconds: int = 0  # above 0: the steps that fit into so many seconds, by the pace measured
     batch: int = 512

@@ -67,7 +67,7 @@ def train_teacher(
     import torch
 
     device = data.groups.device
-    teacher: Any = JointTeacher(network, recipe.embed)
+    teacher: Any = JointTeacher(network, recipe.embed, bool(recipe.scales))
     teacher.to(device=device, memory_format=torch.channels_last)
     slow = list(teacher.network.parameters())
     fast = [p for n, p in teacher.named_parameters() if not n.startswith("network.")]
@@ -77,6 +77,8 @@ def train_teacher(
     )
     schedule = cosine(optimizer, None, recipe.teacher_steps // 10, recipe.teacher_steps)
     teacher.train()
+    if not recipe.teacher_rate:
+        teacher.network.eval().requires_grad_(False)
     for step in range(recipe.teacher_steps):
         index, choice = draw_pairs(data, recipe.teacher_batch, generator)
         views = augment(
@@ -140,7 +142,7 @@ def train_pupil(
         clock.tick(step, device)
         if step % recipe.check_every == 0 or step == clock.steps:
             export(average, out)
-            found = score_pupil(average, held, out, recipe)
+            found = score_pupil(average, held, out)
             log.info(
                 "step %d of %d (%.0f s) %s val t2i %s i2t %s",
                 step,

@@ -131,16 +131,23 @@ def encode_sentences(folder: Path, texts: Sequence[str], device: torch.device) -
 class JointTeacher(nn.Module):
     """EfficientNet and a linear map of sentence embeddings, in one space of width `embed`.
 
+    Args:
+        network: from `load_efficientnet`.
+        embed: width of the joint space.
+        scales: pool every stage's places, not only the last one's.
+
     Shape:
         pictures [b, 3, s, s] in [-1, 1] and sentences [b, 384] -> unit vectors [b, embed].
     """
 
-    def __init__(self, network: Any, embed: int) -> None:
+    def __init__(self, network: Any, embed: int, scales: bool = False) -> None:
         import torch
 
         super().__init__()
         self.network: Any = network
-        self.width: int = 2 * network.num_features  # mean and maximum over places
+        self.scales = scales
+        with torch.no_grad():
+            self.width = self._pooled(torch.zeros(1, 3, 64, 64)).shape[1]
         self.norm = nn.BatchNorm1d(self.width, affine=False)
         self.picture_head = nn.Sequential(nn.Dropout(0.4), nn.Linear(self.width, embed))
         self.text_head = nn.Sequential(nn.Dropout(0.2), nn.Linear(SENTENCE_WIDTH, embed))
@@ -148,10 +155,7 @@ class JointTeacher(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """Pooled features, standardised: [b, 3, s, s] -> [b, width]."""
-        import torch
-
-        places = self.network.forward_features(pictures).float()
-        return self.norm(torch.cat([places.mean(dim=(2, 3)), places.amax(dim=(2, 3))], dim=1))
+        return self.norm(self._pooled(pictures))
 
     def pictures(self, features: Tensor) -> Tensor:
         """[b, width] -> unit vectors [b, embed]."""
@@ -160,3 +164,18 @@ class JointTeacher(nn.Module):
     def texts(self, sentences: Tensor) -> Tensor:
         """[b, 384] -> unit vectors [b, embed]."""
         return nn.functional.normalize(self.text_head(sentences), dim=-1)
+
+    def _pooled(self, pictures: Tensor) -> Tensor:
+        """Mean and maximum over places of the last stage; with `scales` of every stage."""
+        import torch
+
+        network = self.network
+        places = network.bn1(network.conv_stem(pictures))
+        stages = []
+        for block in network.blocks:
+            places = block(places)
+            stages.append(places)
+        last = network.bn2(network.conv_head(places))
+        used = [*stages[1:-1], last] if self.scales else [last]
+        pooled = [p for x in used for p in (x.float().mean(dim=(2, 3)), x.float().amax(dim=(2, 3)))]
+        return torch.cat(pooled, dim=1)
