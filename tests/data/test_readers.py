@@ -209,6 +209,13 @@ def test_zoo_resolves_by_name_and_split(tmp_path, monkeypatch):
     assert source_files(source, "val") == [str(tmp_path / "clip-val.parquet")]
 
 
+def test_zoo_names_in_braces_are_read_one_after_the_other():
+    one = records(format="zoo", name="clipart-animals", split="test")
+    two = records(format="zoo", name="clipart-food", split="test")
+    both = records(format="zoo", name="clipart-{animals,food}", split="test")
+    assert [r.id for r in both] == [r.id for r in one + two]
+
+
 def test_what_the_zoo_does_not_have_is_refused_with_what_it_has():
     with pytest.raises(DataError, match=r"zoo:clipart-animal: not in the zoo: .*clipart-animals"):
         records(format="zoo", name="clipart-animal")

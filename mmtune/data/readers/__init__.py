@@ -34,9 +34,9 @@ def read(source: SourceOptions, role: str = "train") -> Iterator[Record | Proble
 def source_files(source: SourceOptions, role: str = "train") -> list[str]:
     """The files (not the images) that a source reads, for the run's manifest."""
     if source.format == "zoo":
-        from mmtune import zoo
+        from mmtune.data.readers import zoo
 
-        return [str(zoo.data_path(str(source.name), source.split or role))]
+        return [str(path) for path in zoo.files(source, role)]
     path = Path(str(source.path))
     if path.is_file():
         return [str(path)]
