@@ -45,7 +45,7 @@ def changed_queries(
         after: ranks after.
         limit: how many queries at most.
     """
-    changes = _changes("txt2img", before.txt2img, after.txt2img)
+    changes = _one_a_text(split, _changes("txt2img", before.txt2img, after.txt2img))
     changes += _changes("img2txt", before.img2txt, after.img2txt)
     gains = [c for c in changes if c.moved > 0]
     losses = [c for c in changes if c.moved < 0]
@@ -66,6 +66,11 @@ def _changes(direction: str, before: QueryRanks, after: QueryRanks) -> list[_Cha
         _Change(direction, int(q), float(moved[q]), bool(crossed[q]))
         for q in np.flatnonzero(other & (moved != 0))
     ]
+
+
+def _one_a_text(split: Gallery, changes: list[_Change]) -> list[_Change]:
+    """Equal captions have equal results: the first of them stands for all."""
+    return list({split.captions[c.query]: c for c in reversed(changes)}.values())[::-1]
 
 
 def _mixed(changes: list[_Change], places: int) -> list[_Change]:
