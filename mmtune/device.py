@@ -38,12 +38,19 @@ def checkpoint_activations(model: PeftModel) -> None:
 
 
 def leave_together() -> None:
-    """Wait for the other processes and close the group: one that leaves early aborts the others."""
+    """End this process together with the others of its group; does nothing for a single process.
+
+    Call it last. One that leaves early breaks the others' connections, so all meet first. They leave
+    without C++ teardown: in torch 2.14 gloo's threads can abort an interpreter that is shutting
+    down ("terminate called without an active exception"), after the work is done.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
-        distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class PeakMemory:

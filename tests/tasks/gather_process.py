@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from mmtune.device import leave_together
 from tests.tasks.two_towers import CASES, TwoTowers, case_loss, share
 
 
@@ -23,7 +24,7 @@ def main(rank, world, folder):
         loss.backward()
         found = {n: p.grad for n, p in model.module.named_parameters()}
         torch.save({"loss": loss.detach(), **found}, folder / f"{name}-{rank}.pt")
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
