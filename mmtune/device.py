@@ -40,7 +40,7 @@ def checkpoint_activations(model: PeftModel) -> None:
 def leave_together() -> None:
     """End this process together with the others of its group; does nothing for a single process.
 
-    Call it last. One that leaves early breaks the others' connections, so all meet first. They leave
+    Call it last. One that leaves early breaks the others' connections, so all meet first. They go
     without C++ teardown: in torch 2.14 gloo's threads can abort an interpreter that is shutting
     down ("terminate called without an active exception"), after the work is done.
     """
