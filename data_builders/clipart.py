@@ -32,6 +32,7 @@ from data_builders.sources.openclipart import (
     normalise,
     read_drawing,
 )
+from mmtune.runs import write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -271,9 +272,7 @@ def build(svg_root: Path, png_root: Path, out: Path, sizes: SplitSizes) -> dict[
         "named": rejections.named,
         "seed": sizes.seed,
     }
-    temporary = out / "clipart.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "clipart.json")
+    write_text(out / "clipart.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 

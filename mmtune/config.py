@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mmtune.suggestions import did_you_mean
 from mmtune.yaml_source import (
     ConfigError,
     Key,
     Mistake,
     YamlSource,
-    did_you_mean,
     listed,
     override,
     read_yaml,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -151,12 +150,6 @@ def override(source: YamlSource, item: str) -> None:
         target = target[part]
     target[parts[-1]] = value
     source.overridden[tuple(parts)] = item
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A sentence that suggests the closest of `names`, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def listed(names: Iterable[str]) -> str:

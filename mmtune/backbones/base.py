@@ -5,11 +5,12 @@ A method never sees a regular expression and a config never sees a module path; 
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from mmtune.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -206,6 +207,11 @@ class Backbone(ABC):
         return sorted(chosen, key=lambda s: order[s.path])
 
 
+def reachable(model: nn.Module) -> Any:
+    """The module whose methods can be called: DDP hides attributes, PeftModel forwards them."""
+    return getattr(model, "module", model)
+
+
 def _ordered(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
@@ -213,8 +219,7 @@ def _ordered(names: Iterable[str]) -> list[str]:
 def _require(what: str, wanted: Sequence[str], have: Sequence[str], where: str) -> None:
     for name in wanted:
         if name not in have:
-            close = difflib.get_close_matches(name, have, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, have)
             raise SiteError(f"no {what} {name!r} on {where}; it has {', '.join(have)}.{hint}")
 
 

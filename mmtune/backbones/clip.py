@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmtune.backbones.base import Backbone, PairEmbeddings, Site
+from mmtune.backbones.base import Backbone, PairEmbeddings, Site, reachable
 from mmtune.backbones.towers import HF_LAYER, layer_sites, single_sites
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class DualEncoder(Backbone):
         return True
 
     def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        return _unit(_features(_inner(model).get_image_features(pixel_values=pixel_values)))
+        return _unit(_features(reachable(model).get_image_features(pixel_values=pixel_values)))
 
     def encode_text(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -56,7 +56,7 @@ class DualEncoder(Backbone):
         inputs = {"input_ids": input_ids}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        return _unit(_features(_inner(model).get_text_features(**inputs)))
+        return _unit(_features(reachable(model).get_text_features(**inputs)))
 
     def embed_pairs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairEmbeddings:
         keys = ("pixel_values", "input_ids", "attention_mask")
@@ -84,11 +84,6 @@ class Siglip(DualEncoder):
     )
     model_class = "SiglipModel"
     heads: ClassVar = {"vision": (), "text": ("text_model.head",)}
-
-
-def _inner(model: nn.Module) -> Any:
-    """The module that has get_image_features: DDP hides attributes, PeftModel forwards them."""
-    return getattr(model, "module", model)
 
 
 def _features(output: Any) -> Tensor:

@@ -95,7 +95,7 @@ def open_clip_loaded(source: str, tag: str | None, name: str) -> Loaded:
     )
     length = int(getattr(model, "context_length", 77))
     return Loaded(
-        model=model,
+        model=model.eval(),
         backbone=backbone_of(model),
         image=spec,
         tokenize=lambda texts: {"input_ids": tokenizer(list(texts), context_length=length)},

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mmtune.backbones.base import Backbone, PairEmbeddings, Site, SiteError
+from mmtune.backbones.base import Backbone, PairEmbeddings, Site, SiteError, reachable
 from mmtune.backbones.towers import LayerNames, layer_sites, single_sites
 
 if TYPE_CHECKING:
@@ -112,12 +112,12 @@ class OpenClip(Backbone):
         return True
 
     def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        return _inner(model).encode_image(pixel_values, normalize=True)
+        return reachable(model).encode_image(pixel_values, normalize=True)
 
     def encode_text(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        return _inner(model).encode_text(input_ids, normalize=True)
+        return reachable(model).encode_text(input_ids, normalize=True)
 
     def embed_pairs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairEmbeddings:
         out = model(image=batch["pixel_values"], text=batch["input_ids"])
@@ -157,8 +157,3 @@ class OpenClip(Backbone):
 
 def _visual(model: nn.Module) -> Any:
     return model.visual
-
-
-def _inner(model: nn.Module) -> Any:
-    """The module that has encode_image: DDP hides attributes, PeftModel forwards them."""
-    return getattr(model, "module", model)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_type_hints
+
+from mmtune.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -78,8 +79,7 @@ def method(name: str) -> Method:
     """The method called `name`. Raises ValueError that lists the methods there are."""
     known = methods()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, known)
         raise ValueError(f"no method {name!r}; there are {', '.join(known)}.{hint}")
     return known[name]
 

@@ -25,17 +25,16 @@ def load_clip(folder: Path, name: str, flavour: str) -> Loaded:
         flavour: "open_clip" or "hf".
     """
     from mmtune.backbones import backbone_of
+    from mmtune.backbones.loading import open_clip_loaded
 
+    if flavour == "open_clip":
+        return open_clip_loaded(f"local-dir:{folder}", None, f"zoo:{name}")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     context_length = config["model_cfg"]["text_cfg"]["context_length"]
-    if flavour == "open_clip":
-        model, tokenize, count = _open_clip(folder, context_length)
-    else:
-        model, tokenize, count = hf_model(folder, config["model_cfg"], context_length)
-    model.eval()
+    model, tokenize, count = hf_model(folder, config["model_cfg"], context_length)
     preprocess = config["preprocess_cfg"]
     return Loaded(
-        model=model,
+        model=model.eval(),
         backbone=backbone_of(model),
         image=ImageSpec(
             size=config["model_cfg"]["vision_cfg"]["image_size"],
@@ -52,18 +51,6 @@ def load_clip(folder: Path, name: str, flavour: str) -> Loaded:
 
 
 _Tokenize = Callable[[Sequence[str]], "dict[str, Tensor]"]
-
-
-def _open_clip(folder: Path, context_length: int) -> tuple[nn.Module, _Tokenize, Callable]:
-    import open_clip
-
-    model = open_clip.create_model(f"local-dir:{folder}")
-    tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
-
-    def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
-        return {"input_ids": tokenizer(list(texts), context_length=context_length)}
-
-    return model, tokenize, lambda text: len(tokenizer.tokenizer(text).input_ids)
 
 
 def hf_model(

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mmtune.data.options import SourceOptions
-from mmtune.data.readers.json_files import image_root, load_json, wrong_shape
-from mmtune.data.records import ImageFile, ImageRef, Problem, Record, captions_of
+from mmtune.data.readers.json_files import file_record, image_root, load_json, wrong_shape
+from mmtune.data.records import ImageRef, Problem, Record
 
 
 def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
@@ -18,7 +18,8 @@ def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
         raise wrong_shape(path, "a list of {image, caption} (BLIP's flat JSON)", document)
     root = image_root(source.images, path)
     entries = (
-        _record(item, root, f"{path}, record {number}") for number, item in enumerate(document)
+        file_record(item, root, f"{path}, record {number}", "image", ("caption",), "image_id")
+        for number, item in enumerate(document)
     )
     return iter(merged(entries))
 
@@ -37,19 +38,3 @@ def merged(entries: Iterator[Record | Problem]) -> list[Record | Problem]:
             at[entry.image] = len(found)
         found.append(entry)
     return found
-
-
-def _record(item: object, root: str, where: str) -> Record | Problem:
-    if not isinstance(item, dict):
-        return Problem(where, "malformed record", f"expected a mapping, got {item!r:.60}")
-    image = item.get("image")
-    if not isinstance(image, str):
-        return Problem(where, "malformed record", f"image is {image!r:.60}, expected a path")
-    captions = captions_of(item.get("caption"), where)
-    if isinstance(captions, Problem):
-        return captions
-    rest = {k: v for k, v in item.items() if k not in ("image", "caption")}
-    identity = item.get("image_id")
-    return Record(
-        ImageFile(root, image), captions, str(image if identity is None else identity), where, rest
-    )

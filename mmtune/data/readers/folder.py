@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmtune.data.options import SourceOptions
-from mmtune.data.readers.columns import caption_column
-from mmtune.data.readers.json_files import read_text
-from mmtune.data.records import DataError, ImageFile, Problem, Record, captions_of
+from mmtune.data.readers.columns import CAPTIONS
+from mmtune.data.readers.json_files import file_record, read_text
+from mmtune.data.records import DataError, Problem, Record
 
 
 def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
@@ -28,7 +28,7 @@ def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
         except (json.JSONDecodeError, RecursionError) as error:
             yield Problem(where, "not JSON", str(error))
             continue
-        yield _record(item, root, where)
+        yield file_record(item, root, where, "file_name", CAPTIONS, "id")
 
 
 def _metadata(source: SourceOptions, role: str) -> Path:
@@ -43,17 +43,3 @@ def _metadata(source: SourceOptions, role: str) -> Path:
             return candidate
     text = f"none of {', '.join(map(str, candidates))}"
     raise DataError([Problem(str(folder), "missing file", text)])
-
-
-def _record(item: object, root: str, where: str) -> Record | Problem:
-    if not isinstance(item, dict):
-        return Problem(where, "malformed record", f"expected a mapping, got {item!r:.60}")
-    name = item.get("file_name")
-    if not isinstance(name, str):
-        return Problem(where, "malformed record", f"file_name is {name!r:.60}, expected a path")
-    column = caption_column(item)
-    captions = captions_of(item[column] if column else None, where)
-    if isinstance(captions, Problem):
-        return captions
-    rest = {k: v for k, v in item.items() if k not in ("file_name", column)}
-    return Record(ImageFile(root, name), captions, str(item.get("id", name)), where, rest)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmtune.data.records import DataError, Problem
+from mmtune.data.records import DataError, ImageFile, Problem, Record, captions_of
 
 
 def load_json(path: str) -> Any:
@@ -34,6 +35,33 @@ def read_text(path: str) -> str:
 def image_root(images: str | None, path: str) -> str:
     """The folder that image paths are relative to: as given, or that of the file naming them."""
     return images if images is not None else str(Path(path).parent)
+
+
+def file_record(
+    item: object, root: str, where: str, image: str, captions: Sequence[str], identity: str
+) -> Record | Problem:
+    """The record of one JSON mapping that names an image file, or what is wrong with it.
+
+    Args:
+        item: what stands in the file.
+        root: folder that image paths are relative to.
+        where: names the file and the place in it.
+        image: key of the image's path.
+        captions: keys of the caption or list of captions; the first that is present is taken.
+        identity: key of the id; without one the path is the id.
+    """
+    if not isinstance(item, dict):
+        return Problem(where, "malformed record", f"expected a mapping, got {item!r:.60}")
+    name = item.get(image)
+    if not isinstance(name, str):
+        return Problem(where, "malformed record", f"{image} is {name!r:.60}, expected a path")
+    column = next((key for key in captions if key in item), None)
+    texts = captions_of(item[column] if column else None, where)
+    if isinstance(texts, Problem):
+        return texts
+    rest = {k: v for k, v in item.items() if k not in (image, column)}
+    known = item.get(identity)
+    return Record(ImageFile(root, name), texts, str(name if known is None else known), where, rest)
 
 
 def wrong_shape(path: str, expected: str, got: Any) -> DataError:

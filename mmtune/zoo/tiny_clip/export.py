@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtune.runs import write_text
 from mmtune.zoo.tiny_clip.scoring import score
 from mmtune.zoo.tiny_clip.teachers import sentence_embeddings
 
@@ -94,6 +95,4 @@ def export(model: Any, out: Path) -> None:
 
 def write_json(value: Any, path: Path) -> None:
     """Write JSON under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1) + "\n")

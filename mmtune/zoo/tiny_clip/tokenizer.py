@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmtune.runs import write_text
 from mmtune.zoo.tiny_clip.byte_pairs import learn_merges
 
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
@@ -56,12 +56,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, context
     tokenizer = stock_class(vocab=vocab, merges=merges, pad_token=PAD, model_max_length=context)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
-    _write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    _write(folder / "merges.txt", "\n".join(lines) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
