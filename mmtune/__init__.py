@@ -12,11 +12,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AuroraConfig": "mmtune.tuners.aurora",
     "AuroraModel": "mmtune.tuners.aurora",
+    "adalora_config": "mmtune.tuners.adalora",
     "backbone_of": "mmtune.backbones",
     "load": "mmtune.backbones",
     "load_adapter": "mmtune.tuners.adapters",
     "lora_config": "mmtune.tuners.presets",
     "merge": "mmtune.tuners.adapters",
+    "qlora_config": "mmtune.tuners.qlora",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor, nn
 
+    from mmtune.tuners.hooks import TrainingHooks
+
 log = logging.getLogger(__name__)
 STATE = "mmtune_state.json"
 EXTRA = "trained_base.safetensors"
+HOOKS = "method.safetensors"
 
 
 class TrainingError(RuntimeError):
@@ -52,6 +55,23 @@ def load_weights(model: PeftModel, folder: Path) -> None:
     with torch.no_grad():
         for key, value in saved.items():
             extra[key].copy_(value)
+
+
+def save_hooks(hooks: TrainingHooks, folder: Path) -> None:
+    """Write what the method remembers beside its parameters, if it does."""
+    from safetensors.torch import save_file
+
+    state = hooks.state_dict()
+    if state:
+        save_file({name: t.contiguous() for name, t in state.items()}, folder / HOOKS)
+
+
+def load_hooks(hooks: TrainingHooks, folder: Path) -> None:
+    """Give the method back what `save_hooks` wrote."""
+    from safetensors.torch import load_file
+
+    if (folder / HOOKS).exists():
+        hooks.load_state_dict(load_file(folder / HOOKS))
 
 
 def _trained_base(model: PeftModel) -> dict[str, nn.Parameter]:

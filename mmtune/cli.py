@@ -10,18 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtune.tables import LISTED, evaluation_table, new_table, parameter_table, results_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mmtune.compare.config import CompareConfig
     from mmtune.config import RunConfig
     from mmtune.runs import Results
-    from mmtune.tasks.base import Evaluation
 
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 2 for what the user can mend, or 130 after Ctrl-C."""
+    """Run one command.
+
+    Returns:
+        0; 1 where a part of a comparison failed; 2 for what the user can mend; 130 after Ctrl-C.
+    """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positionals in one piece only; overrides may also follow an option.
@@ -38,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _quieten_libraries(options.debug)
     try:
-        options.handler(options)
+        return options.handler(options) or OK
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return INTERRUPTED
@@ -47,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    return OK
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
 
+    compare = _command(commands, "compare", _compare, "train several methods alike, in one table")
+    _add_config(compare)
+    compare.add_argument(
+        "--search", action="store_true", help="choose each method's learning rate on val first"
+    )
+    compare.add_argument("--overwrite", action="store_true", help="train finished cells again")
+    compare.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+
     evaluate = _command(commands, "eval", _eval, "evaluate a run, or a config's base model")
     evaluate.add_argument("run", metavar="RUN_OR_CONFIG", help="a run folder, or a config")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
@@ -84,7 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", type=Path, required=True, help="folder to write")
 
     listing = _command(commands, "list", _list, "show what there is")
-    listing.add_argument("what", choices=("backbones", "methods", "tasks", "configs"))
+    listing.add_argument("what", nargs="?", choices=tuple(LISTED), help="what to list")
+    listing.add_argument(
+        "--matrix", action="store_true", help="which method is tested on which backbone"
+    )
     return parser
 
 
@@ -123,7 +139,7 @@ def _train(options: argparse.Namespace) -> None:
         _tell(f"{folder.path} is unfinished; the same command with --resume goes on with it")
         raise
     if first_process():
-        _print(_results_table(config, results))
+        _print(results_table(config, results))
         _print_costs(results)
         print(f"adapter: {folder.adapter}\nreport:  {folder.path / 'report.html'}")
     leave_together()
@@ -136,11 +152,56 @@ def _dry_run(config: RunConfig) -> None:
     ready = prepare(config)
     model, groups = wrap(config, ready.loaded)
     if first_process():
-        _print(_parameter_table(config, model, groups))
+        _print(parameter_table(config, model, groups))
         count = len(ready.task.train_dataset)  # type: ignore[arg-type]
         steps = count // config.training.batch_size // config.training.accumulation
         print(f"{count:,} training samples, about {steps:,} steps an epoch on one process")
         print("nothing was trained or written (--dry-run)")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from mmtune.compare.config import load_comparison
+
+    config = load_comparison(options.config, options.overrides)
+    command = _search if options.search else _compare_methods
+    try:
+        return command(config, options)
+    except KeyboardInterrupt:
+        _tell("finished cells are kept; the same command goes on with the others")
+        raise
+
+
+def _compare_methods(config: CompareConfig, options: argparse.Namespace) -> int:
+    from mmtune.compare.running import compare
+
+    found = compare(config, options.runs, _tell, overwrite=options.overwrite)
+    table = new_table(*found.header(), title=config.name, right=True)
+    for line in found.lines():
+        table.add_row(*line)
+    table.caption = "\n".join(found.notes())
+    _print(table, piped=160)
+    print(f"page: {options.runs / config.name / 'compare.html'}")
+    for outcome in found.failed:
+        print(f"failed: {outcome.cell.folder}: {outcome.error}", file=sys.stderr)
+    return FAILED if found.failed else OK
+
+
+def _search(config: CompareConfig, options: argparse.Namespace) -> int:
+    from mmtune.compare.choosing import as_yaml
+    from mmtune.compare.running import search
+    from mmtune.compare.table import search_lines
+
+    found = search(config, options.runs, _tell, overwrite=options.overwrite)
+    header, lines = search_lines(found)
+    table = new_table(*header, title=f"{config.name}: learning rates", right=True)
+    for line in lines:
+        table.add_row(*line)
+    _print(table)
+    print(f"into {config.source}:\n\n{as_yaml(found)}")
+    errors = {f"{c.method}, lr {rate:g}": e for c in found for rate, e in c.errors.items()}
+    for name, error in errors.items():
+        print(f"failed: {name}: {error}", file=sys.stderr)
+    return FAILED if errors else OK
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -159,7 +220,7 @@ def _eval(options: argparse.Namespace) -> None:
     found = evaluate(config, adapter, options.split)
     if first_process():
         what = f"{config.model.name} with {adapter}" if adapter else f"{config.model.name}"
-        _print(_evaluation_table(f"{what}, {options.split} split", found))
+        _print(evaluation_table(f"{what}, {options.split} split", found))
 
 
 def _params(options: argparse.Namespace) -> None:
@@ -168,7 +229,7 @@ def _params(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
     model, groups = wrap(config, load_model(config))
-    _print(_parameter_table(config, model, groups))
+    _print(parameter_table(config, model, groups))
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -183,98 +244,12 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    {
-        "backbones": _list_backbones,
-        "methods": _list_methods,
-        "tasks": _list_tasks,
-        "configs": _list_configs,
-    }[options.what]()
+    from mmtune.tables import matrix
 
-
-def _list_backbones() -> None:
-    from mmtune import zoo
-    from mmtune.backbones import families
-    from mmtune.backbones.loading import SCHEMES
-
-    table = _table("backbone", "what it is")
-    for name, cls in families().items():
-        table.add_row(name, cls.summary)
-    _print(table)
-    names = _table("model.name", "")
-    for model in zoo.names()["models"]:
-        names.add_row(f"zoo:{model}", "ships with mmtune")
-    for scheme, text in SCHEMES.items():
-        names.add_row(scheme, text)
-    _print(names)
-
-
-def _list_methods() -> None:
-    from mmtune.tuners.registry import methods
-
-    table = _table("method", "what it trains", "source", "options")
-    for method in methods().values():
-        table.add_row(method.name, method.summary, method.source, _fields(method.options))
-    _print(table)
-
-
-def _list_tasks() -> None:
-    from mmtune.tasks import tasks
-
-    table = _table("task", "objective", "options")
-    for name, cls in tasks().items():
-        table.add_row(name, cls.summary, _fields(cls.options))
-    _print(table)
-
-
-def _list_configs() -> None:
-    from mmtune.config import config_names
-
-    table = _table("config", "command")
-    for name, path in config_names().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        table.add_row(name, first.removeprefix("#").strip())
-    _print(table)
-
-
-def _fields(cls: type) -> str:
-    return ", ".join(getattr(cls, "__dataclass_fields__", {}))
-
-
-def _results_table(config: RunConfig, results: Results) -> Table:
-    from mmtune.report.numbers import rows
-
-    title = f"{config.name}: {config.method} on {config.model.name}, {results.split} split"
-    table = _table("metric", "before", "after", "difference", title=title, right=True)
-    colours = {1: "green", -1: "red", 0: ""}
-    for row in rows(results):
-        difference = f"{row.difference} {row.interval}".strip()
-        table.add_row(row.name, row.before, row.after, _styled(difference, colours[row.sign]))
-    table.caption = "brackets: 95 % intervals; differences are paired"
-    return table
-
-
-def _evaluation_table(title: str, found: Evaluation) -> Table:
-    from mmtune.report.numbers import with_interval
-
-    table = _table("metric", "value [95 %]", "queries", title=title, right=True)
-    for name, metric in found.metrics.items():
-        table.add_row(name, with_interval(metric), f"{metric.n:,}")
-    return table
-
-
-def _parameter_table(config: RunConfig, model: Any, groups: Sequence[Any]) -> Table:
-    from mmtune.parameters import counts
-
-    trainable, total = counts(model)
-    title = f"{config.method} on {config.model.name}"
-    table = _table("branch", "role", "tensors", "parameters", title=title, right=True)
-    for group in groups:
-        table.add_row(group.branch, group.role, f"{group.tensors:,}", f"{group.count:,}")
-    table.add_section()
-    table.add_row("trainable", "", f"{sum(g.tensors for g in groups):,}", f"{trainable:,}")
-    table.add_row("all", "", "", f"{total:,}")
-    table.add_row("share", "", "", f"{100 * trainable / total:.3g} %")
-    return table
+    if not (options.matrix or options.what):
+        raise ValueError(f"name what to list: {', '.join(LISTED)}, or --matrix.")
+    for table in matrix() if options.matrix else LISTED[options.what]():
+        _print(table)
 
 
 def _print_costs(results: Results) -> None:
@@ -284,26 +259,11 @@ def _print_costs(results: Results) -> None:
         print(f"{fact.label}: {fact.value} ({fact.detail})")
 
 
-def _table(*columns: str, title: str | None = None, right: bool = False) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if right and index else "left", overflow="fold")
-    return table
-
-
-def _styled(text: str, style: str) -> Any:
-    from rich.text import Text
-
-    return Text(text, style=style)
-
-
-def _print(table: Table) -> None:
+def _print(table: Table, piped: int = 120) -> None:
     from rich.console import Console
 
     # A pipe or a log has no width (80 would fold tables); texts hold brackets that are no markup.
-    width = None if Console().is_terminal else 120
+    width = None if Console().is_terminal else piped
     Console(width=width, markup=False, highlight=False).print(table)
 
 

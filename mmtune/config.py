@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,6 +46,8 @@ class TrainingOptions:
         max_steps: optimiser steps that end training early; None means `epochs` decides.
         batch_size: samples per process and micro-batch.
         accumulation: micro-batches per optimiser step; the gradient is their mean.
+        optimizer: "paged_adamw" keeps AdamW's state in memory that moves between GPU and CPU
+            (CUDA and bitsandbytes only).
         lr: peak learning rate.
         weight_decay: AdamW's, on trainable matrices (biases and norms are left out).
         warmup: share of all steps, in [0, 1), in which the rate rises from zero.
@@ -68,6 +70,7 @@ class TrainingOptions:
     max_steps: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 64
     accumulation: Annotated[int, Field(ge=1)] = 1
+    optimizer: Literal["adamw", "paged_adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -159,17 +162,28 @@ def load_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         ConfigError: with every mistake there is, not only the first.
     """
+    source = read_config(name, overrides)
+    config = resolve(source)
+    if source.mistakes:
+        raise ConfigError(source.mistakes)
+    return config
+
+
+def read_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> YamlSource:
+    """The raw values of a config, found as `load_config` finds it, with overrides applied."""
     source = read_yaml(find_config(name))
     for item in overrides:
         override(source, item)
+    return source
+
+
+def resolve(source: YamlSource) -> RunConfig:
+    """The run that raw values mean. Mistakes go to the source; what they concern is None."""
     raw = source.values
-    for key in raw:
-        if key not in SECTIONS:
-            source.add((key,), _unknown(raw[key], SECTIONS, str(key)))
+    check_keys(source, raw, SECTIONS)
     run_name = raw.get("name") if "name" in raw else Path(source.path).stem
-    if not (isinstance(run_name, str) and RUN_NAME.fullmatch(run_name)):
-        source.add(("name",), f"expected letters, digits, '.', '_' or '-', got {run_name!r}")
-    seed = _checked(source, ("seed",), Annotated[int, Field(ge=0)], raw.get("seed", 0))
+    check_name(source, ("name",), run_name)
+    seed = checked(source, ("seed",), Annotated[int, Field(ge=0)], raw.get("seed", 0))
     model = _section(source, "model", ModelOptions)
     training = _section(source, "training", TrainingOptions)
     task, task_options = _chosen(source, "task", "name", _task_options)
@@ -177,8 +191,6 @@ def load_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     from mmtune.data import DataOptions
 
     data = _section(source, "data", DataOptions)
-    if source.mistakes:
-        raise ConfigError(source.mistakes)
     return RunConfig(
         name=str(run_name),
         seed=seed,
@@ -191,6 +203,21 @@ def load_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         training=training,
         source=source.path,
     )
+
+
+def check_keys(
+    source: YamlSource, raw: Mapping[Any, Any], names: Sequence[str], at: Key = ()
+) -> None:
+    """Note a mistake for each key of `raw`, which stands at `at`, that is not in `names`."""
+    for key in raw:
+        if key not in names:
+            source.add((*at, key), _unknown(raw[key], names, str(key)))
+
+
+def check_name(source: YamlSource, at: Key, name: Any) -> None:
+    """Note a mistake where `name` cannot name a folder."""
+    if not (isinstance(name, str) and RUN_NAME.fullmatch(name)):
+        source.add(at, f"expected letters, digits, '.', '_' or '-', got {name!r}")
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -226,8 +253,9 @@ def _chosen(source: YamlSource, section: str, chooser: str, options_of: Any) -> 
     """A section whose `chooser` key says which dataclass checks its other keys."""
     raw = source.values.get(section)
     if not isinstance(raw, dict) or not isinstance(raw.get(chooser), str):
+        what = "methods" if chooser == "method" else f"{section}s"
         got = "is missing" if not isinstance(raw, dict) else f"got {raw.get(chooser)!r}"
-        source.add((section, chooser), f"expected a name, {got}. Try `mmtune list {section}s`.")
+        source.add((section, chooser), f"expected a name, {got}. Try `mmtune list {what}`.")
         return "", None
     try:
         options = options_of(raw[chooser])
@@ -235,16 +263,16 @@ def _chosen(source: YamlSource, section: str, chooser: str, options_of: Any) -> 
         source.add((section, chooser), str(error))
         return raw[chooser], None
     rest = {key: value for key, value in raw.items() if key != chooser}
-    return raw[chooser], _checked(source, (section,), options, rest, (chooser,))
+    return raw[chooser], checked(source, (section,), options, rest, (chooser,))
 
 
 def _section(source: YamlSource, name: str, cls: type) -> Any:
     """A section that is a mapping checked by one dataclass; an absent one takes the defaults."""
     raw = source.values.get(name)
-    return _checked(source, (name,), cls, {} if raw is None else raw)
+    return checked(source, (name,), cls, {} if raw is None else raw)
 
 
-def _checked(source: YamlSource, at: Key, kind: Any, raw: Any, also: tuple[str, ...] = ()) -> Any:
+def checked(source: YamlSource, at: Key, kind: Any, raw: Any, also: tuple[str, ...] = ()) -> Any:
     """`raw` as a `kind`; every mistake goes to the source, and then the result is None."""
     _forbid_unknown_keys(kind)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,22 @@ def device_of(options: TrainingOptions) -> torch.device:
     if not torch.cuda.is_available():
         raise TrainingError("training.device is cuda, but torch sees no CUDA device. Use cpu.")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def require_optimizer(options: TrainingOptions) -> None:
+    """TrainingError where the optimiser that `options` name cannot run on their device."""
+    if options.optimizer != "paged_adamw":
+        return
+    if device_of(options).type != "cuda":
+        raise TrainingError(
+            "training.optimizer: paged_adamw moves its state between GPU and CPU memory and needs "
+            "a CUDA device; this run is on the CPU. Set training.optimizer: adamw."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise TrainingError(
+            "training.optimizer: paged_adamw needs bitsandbytes. Run `pip install mmtune[qlora]`, "
+            "or set training.optimizer: adamw."
+        )
 
 
 def checkpoint_activations(model: PeftModel) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmtune import config as configs
 from mmtune.parameters import counts, parameter_groups
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmtune.config import RunConfig
     from mmtune.parameters import ParameterGroup
     from mmtune.tasks.base import Evaluation, Task
+    from mmtune.training import TrainingResult
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,9 @@ def fine_tune(
     resume: bool = False,
     overwrite: bool = False,
     tell: Callable[[str], None] = log.info,
+    split: str = "test",
+    before: Evaluation | None = None,
+    inspect: Callable[[Task, PeftModel], None] | None = None,
 ) -> Results:
     """Evaluate, train an adapter, evaluate again; write everything into the run's folder.
 
@@ -89,25 +93,27 @@ def fine_tune(
         resume: go on from the newest whole checkpoint in it.
         overwrite: delete a run that is already there.
         tell: receives one line before each stage that takes time.
+        split: what is evaluated.
+        before: the base model's evaluation of that split, where it is known already.
+        inspect: called last with the task and the trained model, which it may use up.
 
     Raises:
         RunError, TrainingError, and what the task raises about its data.
     """
-    from mmtune.device import device_of
+    from mmtune.device import require_optimizer
     from mmtune.training import train
 
     first = first_process()
-    require_splits(config)
+    require_splits(config, split)
+    require_optimizer(config.training)
     tell(f"loading {config.model.name} and checking the data")
     ready = prepare(config)
     if first:
         folder.start(configs.to_yaml(config), resume, overwrite)
-        device = device_of(config.training)
-        name = _device_name(device.type)
-        files = data_files(config)
-        write_json(folder.path / "manifest.json", manifest(config.seed, name, files, sys.argv))
-    tell("evaluating before")
-    before = ready.task.evaluate(ready.loaded.model, "test", progress=first)
+        write_json(folder.path / "manifest.json", run_manifest(config))
+    if before is None:
+        tell("evaluating before")
+        before = ready.task.evaluate(ready.loaded.model, split, progress=first)
     model, groups = wrap(config, ready.loaded)
     ready.task.before_training(model)
     trainable, total = counts(model)
@@ -116,32 +122,51 @@ def fine_tune(
         model, ready.task, config.training, folder.path, config.seed, resume, progress=first
     )
     tell("evaluating after")
-    after = ready.task.evaluate(model, "test", progress=first)
-    results = Results(
+    after = ready.task.evaluate(model, split, progress=first)
+    results = _results(ready.task, (trainable, total), trained, (before, after), split)
+    if first:
+        folder.save_adapter(model)
+        _report(config, folder, ready.task, before, after, results)
+        if inspect is not None:
+            inspect(ready.task, model)
+        folder.save_results(results)
+    return results
+
+
+def _results(
+    task: Task,
+    sizes: tuple[int, int],
+    trained: TrainingResult,
+    evaluations: tuple[Evaluation, Evaluation],
+    split: str,
+) -> Results:
+    before, after = evaluations
+    # Counted before training: AdaLoRA leaves parameters out on the way.
+    trainable, total = sizes
+    return Results(
         before=before.metrics,
         after=after.metrics,
-        difference=ready.task.compare(before, after),
+        difference=task.compare(before, after),
         trainable=trainable,
         total=total,
         seconds=trained.seconds,
         peak_memory=trained.peak_memory,
         memory_kind=trained.memory_kind,
         steps=trained.steps,
+        split=split,
+        step_seconds=trained.step_seconds,
     )
-    if first:
-        folder.save_adapter(model)
-        _report(config, folder, ready.task, before, after, results)
-        folder.save_results(results)
-    return results
 
 
-def require_splits(config: RunConfig) -> None:
+def require_splits(config: RunConfig, split: str = "test") -> None:
     """RunError where the data that a training run needs are not named, before anything is loaded.
 
-    Needed are train and test, and val where `training.evaluate` is "epoch".
+    Needed are train and the evaluated `split`, and val where `training.evaluate` is "epoch".
     """
-    needed = ("train", "test") + (("val",) if config.training.evaluate == "epoch" else ())
-    missing = [f"data.{role}" for role in needed if getattr(config.data, role) is None]
+    needed = ["train", split, *(["val"] if config.training.evaluate == "epoch" else [])]
+    missing = [
+        f"data.{role}" for role in dict.fromkeys(needed) if getattr(config.data, role) is None
+    ]
     if missing:
         raise RunError(
             f"{' and '.join(missing)} must be set to train ({config.source}), got nothing. Name a "
@@ -160,6 +185,14 @@ def evaluate(config: RunConfig, adapter: Path | None, split: str) -> Evaluation:
     if adapter is not None:
         model = load_adapter(model, adapter).to(device_of(config.training))
     return ready.task.evaluate(model, split, progress=first_process())
+
+
+def run_manifest(config: RunConfig) -> dict[str, Any]:
+    """The manifest of a run of `config` in this process; see `mmtune.runs.manifest`."""
+    from mmtune.device import device_of
+
+    name = _device_name(device_of(config.training).type)
+    return manifest(config.seed, name, data_files(config), sys.argv)
 
 
 def data_files(config: RunConfig) -> list[Path]:

@@ -49,8 +49,9 @@ def parameter_groups(model: nn.Module, sites: Sequence[Site]) -> list[ParameterG
 
 
 def counts(model: nn.Module) -> tuple[int, int]:
-    """Trainable parameters, and all."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """Trainable parameters, and all; of a weight packed in four bits, the numbers it stands for."""
+    packed = [(getattr(p, "quant_state", None), p) for p in model.parameters()]
+    sizes = [((p if q is None else q).shape.numel(), p.requires_grad) for q, p in packed]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 

@@ -42,6 +42,9 @@ class Results:
         seconds: wall time of training.
         peak_memory: bytes; `memory_kind` says of what.
         steps: optimiser steps.
+        split: the split that was evaluated.
+        step_seconds: the median step, without waiting for data; None where a resumed run had none
+            left to take.
     """
 
     before: Mapping[str, Metric]
@@ -54,6 +57,7 @@ class Results:
     memory_kind: str
     steps: int
     split: str = "test"
+    step_seconds: float | None = None
 
     @property
     def share(self) -> float:

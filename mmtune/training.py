@@ -8,7 +8,6 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,22 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mmtune.batches import EpochBatches
-from mmtune.checkpoints import STATE, TrainingError, checkpoints, load_weights, save_weights, sync
+from mmtune.checkpoints import (
+    STATE,
+    TrainingError,
+    checkpoints,
+    load_hooks,
+    load_weights,
+    save_hooks,
+    save_weights,
+    sync,
+)
 from mmtune.config import TrainingOptions
-from mmtune.device import PeakMemory, checkpoint_activations, device_of
+from mmtune.device import PeakMemory, checkpoint_activations
+from mmtune.step_times import StepTimes
+from mmtune.trainer_arguments import trainer_arguments
+from mmtune.tuners.hooks import TrainingHooks
+from mmtune.tuners.registry import hooks_for
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,7 +42,6 @@ if TYPE_CHECKING:
     from mmtune.tasks.base import Task
 
 log = logging.getLogger(__name__)
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class TrainingResult:
         seconds: wall time of training, that before a resume included.
         peak_memory: bytes; `memory_kind` says of what.
         best_step: the step whose weights the model ends with, where `keep` is "best".
+        step_seconds: the median step of this process, without waiting for data.
     """
 
     steps: int
@@ -49,10 +61,11 @@ class TrainingResult:
     peak_memory: int
     memory_kind: str
     best_step: int | None = None
+    step_seconds: float | None = None
 
 
 class _Flow(TrainerCallback):
-    """Tells task and sampler the epoch, draws the progress bar, and chooses when to save."""
+    """Tells task, sampler and method where the run is; draws the bar; chooses when to save."""
 
     def __init__(self, trainer: TaskTrainer, progress: bool) -> None:
         self.trainer, self.progress = trainer, progress
@@ -69,6 +82,12 @@ class _Flow(TrainerCallback):
         epoch = state.global_step // self.trainer.steps_per_epoch
         self.trainer.batches.set_epoch(epoch)
         self.trainer.task.set_epoch(epoch)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.hooks.before_step(state.global_step + 1)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.hooks.after_step(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -115,6 +134,7 @@ class TaskTrainer(Trainer):
     ) -> None:
         self.task, self.options, self.metrics_file = task, options, metrics
         self.adapted = model
+        self.hooks = TrainingHooks()
         self.progress = progress
         self.sums: dict[str, list[float]] = {}
         self.resumed: dict[str, Any] = {}
@@ -161,8 +181,11 @@ class TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss. Raises TrainingError where it is not a finite number."""
+        """The task's loss and the method's penalty. TrainingError where that is not finite."""
         loss, numbers = self.task.loss(model, inputs)
+        penalty = self.hooks.penalty()
+        if penalty is not None:
+            loss, numbers = loss + penalty, {**numbers, "penalty": penalty.detach()}
         if not torch.isfinite(loss.detach()):
             raise TrainingError(
                 f"the loss is {loss.item()} in step {self.state.global_step + 1}. Lower "
@@ -256,11 +279,13 @@ class TaskTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         save_weights(self.adapted, Path(str(output_dir)))
+        save_hooks(self.hooks, Path(str(output_dir)))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         load_weights(self.adapted, Path(resume_from_checkpoint))
+        load_hooks(self.hooks, Path(resume_from_checkpoint))
 
 
 def train(
@@ -291,16 +316,18 @@ def train(
             "the model has no trainable parameter. Check that tuner.branches and tuner.sites "
             "choose something, and that the adapter was loaded with trainable=True."
         )
-    arguments = _arguments(options, folder / "checkpoints", seed)
+    arguments = trainer_arguments(options, folder / "checkpoints", seed)
     if options.gradient_checkpointing:
         checkpoint_activations(model)
     metrics = folder / "metrics.jsonl"
     trainer = TaskTrainer(model, task, options, arguments, metrics, progress)
     steps = math.ceil(options.epochs * trainer.steps_per_epoch)
     arguments.max_steps = min(steps, options.max_steps or steps)
+    trainer.hooks = hooks_for(model, arguments.max_steps, seed)
     found = checkpoints(folder / "checkpoints") if resume else []
     done = _start(trainer, found[-1] if found else None, metrics)
-    memory = PeakMemory(arguments.device)
+    memory, times = PeakMemory(arguments.device), StepTimes(arguments.device)
+    trainer.add_callback(times)
     try:
         if done < arguments.max_steps:
             trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -309,8 +336,10 @@ def train(
         # Undo the autocast wrapping of forward, so that evaluation sees the model as it was.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     best = _restore_best(trainer) if options.keep == "best" else None
+    trainer.hooks.finish()
     peak, kind = memory.peak()
-    return TrainingResult(max(done, trainer.state.global_step), trainer.seconds(), peak, kind, best)
+    steps = max(done, trainer.state.global_step)
+    return TrainingResult(steps, trainer.seconds(), peak, kind, best, times.median())
 
 
 def _start(trainer: TaskTrainer, checkpoint: Path | None, metrics: Path) -> int:
@@ -340,7 +369,7 @@ def _start(trainer: TaskTrainer, checkpoint: Path | None, metrics: Path) -> int:
         partial.replace(metrics)
     log.info("resuming from %s", checkpoint)
     if step >= trainer.args.max_steps:
-        load_weights(trainer.adapted, checkpoint)
+        trainer._load_from_checkpoint(str(checkpoint))
     return step
 
 
@@ -349,47 +378,5 @@ def _restore_best(trainer: TaskTrainer) -> int | None:
     if step is None:
         return None
     trainer.accelerator.wait_for_everyone()
-    load_weights(trainer.adapted, Path(str(trainer.args.output_dir)) / f"checkpoint-{step}")
+    trainer._load_from_checkpoint(f"{trainer.args.output_dir}/checkpoint-{step}")
     return step
-
-
-def _arguments(options: TrainingOptions, output: Path, seed: int) -> TrainingArguments:
-    """Our options in the Trainer's words."""
-    device = device_of(options)
-    if options.report_to != "none" and find_spec(options.report_to) is None:
-        raise TrainingError(
-            f"training.report_to is {options.report_to}, which is not installed. "
-            f"Run `pip install {options.report_to}`, or set training.report_to: none."
-        )
-    if options.keep == "best" and not options.save_every:
-        raise TrainingError("training.keep: best needs checkpoints; set training.save_every > 0.")
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        num_train_epochs=options.epochs,
-        learning_rate=options.lr,
-        weight_decay=options.weight_decay,
-        warmup_steps=options.warmup,
-        lr_scheduler_type=SCHEDULES[options.schedule],
-        max_grad_norm=options.max_grad_norm,
-        optim="adamw_torch",
-        bf16=options.precision == "bf16",
-        use_cpu=device.type == "cpu",
-        eval_strategy=options.evaluate if options.evaluate == "epoch" else "no",
-        metric_for_best_model="primary" if options.evaluate == "epoch" else None,
-        greater_is_better=True,
-        save_strategy="steps" if options.save_every else "no",
-        save_steps=options.save_every or 500,
-        logging_steps=options.log_every,
-        logging_nan_inf_filter=False,
-        report_to=options.report_to,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=[],
-        seed=seed,
-    )
-    # Several GPUs are used through torchrun; DataParallel would split batches behind the task.
-    _ = arguments.device
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

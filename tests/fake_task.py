@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from mmtune.config import TrainingOptions
@@ -79,14 +79,19 @@ class FakeTask:
         return Evaluation({"minus_error": Metric(value, value, value, 50)}, "minus_error")
 
 
-def make_model(dropout=0.2):
+def make_model(dropout=0.2, method="lora"):
     torch.manual_seed(3)
     base = nn.Sequential(nn.Linear(6, 16), nn.Dropout(dropout), nn.Tanh(), nn.Linear(16, 6))
-    settings = LoraConfig(target_modules=["0", "3"], r=4, lora_dropout=dropout / 2)
+    common = {"target_modules": ["0", "3"], "lora_dropout": dropout / 2}
+    if method == "adalora":
+        schedule = {"tinit": 10, "tfinal": 30, "total_step": 100}
+        settings = AdaLoraConfig(**common, init_r=4, target_r=2, **schedule)
+    else:
+        settings = LoraConfig(**common, r=4)
     return get_peft_model(base, settings)
 
 
-def resumable(folder, kill_in_step, evaluate, resume):
+def resumable(folder, kill_in_step, evaluate, method, resume):
     """A run with everything that a resume must restore: dropout, accumulation, short last batch."""
     options = TrainingOptions(
         epochs=4,
@@ -101,7 +106,7 @@ def resumable(folder, kill_in_step, evaluate, resume):
         evaluate=evaluate,
         keep="best" if evaluate == "epoch" else "last",
     )
-    model = make_model()
+    model = make_model(method=method)
     task = FakeTask(kill_in_step=kill_in_step or None)
     train(model, task, options, folder, seed=1, resume=resume, progress=False)
     return model
@@ -121,7 +126,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     to = Path(sys.argv[2])
     if sys.argv[1] == "resumable":
-        trained = resumable(to, int(sys.argv[3]), sys.argv[4], "--resume" in sys.argv)
+        trained = resumable(to, int(sys.argv[3]), *sys.argv[4:6], "--resume" in sys.argv)
     else:
         trained = divided(to, int(sys.argv[3]))
     if os.environ.get("RANK", "0") == "0":

@@ -14,8 +14,8 @@ import torch
 from mmtune import cli
 from mmtune.backbones import backbone_of
 from mmtune.backbones.base import ImageSpec, Loaded
+from mmtune.conformance import backbones as cases
 from mmtune.tasks.base import Evaluation, GalleryItem, Metric, Shown
-from tests.conformance import cases
 
 CONFIG = """\
 name: small
@@ -38,7 +38,7 @@ class PairOptions:
 
 class Pairs(torch.utils.data.Dataset):
     def __init__(self, count):
-        self.batch = cases.batch(seed=3, size=count)
+        self.batch = cases.images_and_texts(3, count)
 
     def __len__(self):
         return len(self.batch["input_ids"])
@@ -92,7 +92,7 @@ def load(name, dtype="float32"):
     model = cases.build(name.partition(":")[2])
 
     def tokenize(texts):
-        return {"input_ids": cases.batch(size=len(texts))["input_ids"]}
+        return {"input_ids": cases.images_and_texts(0, len(texts))["input_ids"]}
 
     spec = ImageSpec(cases.IMAGE, (0.5,) * 3, (0.5,) * 3)
     return Loaded(model, backbone_of(model), spec, tokenize, cases.CONTEXT, name, len)
@@ -216,7 +216,7 @@ def test_dry_run_writes_nothing(one, capsys, tmp_path):
 def test_params_add_up(config, capsys):
     assert cli.main(["params", config, "tuner.sites=[q]", "tuner.branches=[vision]"]) == 0
     out = capsys.readouterr().out
-    layers, rank, inputs_and_outputs = 2, 2, 2 * cases.VISION
+    layers, rank, inputs_and_outputs = 2, 2, 2 * 48
     row = next(line for line in out.splitlines() if "vision" in line)
     assert row.strip("│ ").split("│")[-1].strip() == f"{layers * rank * inputs_and_outputs}"
     total = next(line for line in out.splitlines() if "trainable" in line)

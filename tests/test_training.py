@@ -19,10 +19,10 @@ from torch import nn
 from mmtune.batches import EpochBatches
 from mmtune.checkpoints import TrainingError, checkpoints, load_weights
 from mmtune.config import TrainingOptions
+from mmtune.conformance.backbones import build
 from mmtune.device import checkpoint_activations
 from mmtune.training import train
 from mmtune.tuners.presets import lora_config
-from tests.conformance.cases import build
 from tests.fake_task import FakeTask, make_model
 
 SCRIPT = Path(__file__).with_name("fake_task.py")
@@ -48,15 +48,17 @@ def run_resumable(*arguments):
     return run_script("resumable", *arguments)
 
 
-@pytest.mark.parametrize("evaluate", ["none", "epoch"])
-def test_run_killed_at_a_random_step_and_resumed_ends_bit_identical(tmp_path, evaluate):
-    whole = run_resumable(tmp_path / "whole", 0, evaluate)
+@pytest.mark.parametrize(
+    ("evaluate", "method"), [("none", "lora"), ("epoch", "lora"), ("epoch", "adalora")]
+)
+def test_run_killed_at_a_random_step_and_resumed_ends_bit_identical(tmp_path, evaluate, method):
+    whole = run_resumable(tmp_path / "whole", 0, evaluate, method)
     assert whole.returncode == 0, whole.stderr
     kill = random.Random().randint(2, 22)  # of 24 micro-steps
-    killed = run_resumable(tmp_path / "cut", kill, evaluate)
+    killed = run_resumable(tmp_path / "cut", kill, evaluate, method)
     assert killed.returncode == -signal.SIGKILL, f"kill {kill}: {killed.stderr}"
     assert not (tmp_path / "cut" / "adapter").exists()
-    resumed = run_resumable(tmp_path / "cut", 0, evaluate, "--resume")
+    resumed = run_resumable(tmp_path / "cut", 0, evaluate, method, "--resume")
     assert resumed.returncode == 0, f"kill {kill}: {resumed.stderr}"
     for name in ("adapter/adapter_model.safetensors", "metrics.jsonl"):
         same = (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -21,10 +21,13 @@ _REGISTERED: list[type[Backbone]] = []
 
 def families() -> dict[str, type[Backbone]]:
     """Every backbone family by name: those that ship, then those registered."""
+    from mmtune.backbones.blip import Blip
+    from mmtune.backbones.blip2 import Blip2
     from mmtune.backbones.clip import HFClip, Siglip
+    from mmtune.backbones.llava import Llava
     from mmtune.backbones.open_clip import OpenClip
 
-    shipped: tuple[type[Backbone], ...] = (OpenClip, HFClip, Siglip)
+    shipped: tuple[type[Backbone], ...] = (OpenClip, HFClip, Siglip, Blip, Blip2, Llava)
     return {cls.family: cls for cls in (*shipped, *_REGISTERED)}
 
 

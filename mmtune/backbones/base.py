@@ -15,8 +15,10 @@ from mmtune.suggestions import did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mmtune.backbones.trunks import Trunk
+
 BRANCHES = ("vision", "text", "fusion", "language", "projector")
-LAYER_ROLES = ("layer", "attention", "q", "k", "v", "out", "mlp", "fc1", "fc2", "norm")
+LAYER_ROLES = ("layer", "attention", "q", "k", "v", "out", "mlp", "gate", "fc1", "fc2", "norm")
 CROSS_ROLES = ("cross_attention", "cross_q", "cross_k", "cross_v", "cross_out")
 ROLES = ("embed", *LAYER_ROLES, *CROSS_ROLES, "head")
 
@@ -34,8 +36,8 @@ class Site:
         layer: index in the branch counted from the input, or None where layers have no meaning.
         role: one of `ROLES`.
         path: dotted module path inside the unwrapped model.
-        module: the module itself (a Linear for q, k, v, out, fc1, fc2 and their cross_ kin).
-        width: hidden width of the branch; Aurora cuts fc1 and fc2 into blocks of this width.
+        module: the module itself (a Linear for q, k, v, out, gate, fc1, fc2 and cross_q ...).
+        width: hidden width of the branch; Aurora cuts the MLP's weights into blocks of this width.
     """
 
     branch: str
@@ -147,6 +149,10 @@ class Backbone(ABC):
     def set_gradient_checkpointing(self, enable: bool = True) -> bool:
         """Recompute layers in the backward pass; returns whether this model can."""
 
+    def trunks(self) -> dict[str, Trunk]:
+        """Where virtual tokens enter each branch that has an input of its own."""
+        return {}
+
     def sites(self) -> list[Site]:
         """Every site, in forward order. Raises SiteError on an unprepared model."""
         return list(self.iter_sites())
@@ -207,9 +213,50 @@ class Backbone(ABC):
         return sorted(chosen, key=lambda s: order[s.path])
 
 
+class Generative(Backbone):
+    """A backbone that writes text. It embeds no pairs, and its pair methods say so.
+
+    Attributes:
+        instead: what to use for retrieval, completing "... embeds no pairs; for retrieval use".
+    """
+
+    instead: ClassVar[str] = "a CLIP, SigLIP or open_clip model"
+
+    def embed_pairs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairEmbeddings:
+        raise self._embeds_nothing()
+
+    def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        raise self._embeds_nothing()
+
+    def encode_text(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        raise self._embeds_nothing()
+
+    def _embeds_nothing(self) -> TypeError:
+        return TypeError(
+            f"{type(self.model).__name__} writes text (answers, captions) and embeds no pairs; "
+            f"for retrieval use {self.instead}"
+        )
+
+
 def reachable(model: nn.Module) -> Any:
     """The module whose methods can be called: DDP hides attributes, PeftModel forwards them."""
     return getattr(model, "module", model)
+
+
+def checkpoint_transformers(model: Any, enable: bool) -> bool:
+    """Gradient checkpointing of a transformers model, on or off; returns True."""
+    # transformers 5.20 renamed it, and warns at the old name.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enable:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        # Only reentrant checkpoints need inputs with gradients, for which every layer would be
+        # gone back through, down to the embeddings.
+        model.disable_input_require_grads()
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
+    return True
 
 
 def _ordered(names: Iterable[str]) -> list[str]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmtune.backbones.base import Backbone, PairEmbeddings, Site, reachable
+from mmtune.backbones.base import (
+    Backbone,
+    PairEmbeddings,
+    Site,
+    checkpoint_transformers,
+    reachable,
+)
 from mmtune.backbones.towers import HF_LAYER, layer_sites, single_sites
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from mmtune.backbones.trunks import Trunk
 
 
 class DualEncoder(Backbone):
@@ -17,6 +26,8 @@ class DualEncoder(Backbone):
 
     heads: ClassVar[Mapping[str, tuple[str, ...]]]
     model_class: ClassVar[str]
+    # CLIP: a class token, a causal text tower, a begin token. SigLIP has none of the three.
+    pools_at_tokens: ClassVar[bool]
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -37,15 +48,34 @@ class DualEncoder(Backbone):
             yield from single_sites(m, branch, "norm", last, width)
             yield from single_sites(m, branch, "head", self.heads[branch], width)
 
+    def trunks(self) -> dict[str, Trunk]:
+        from mmtune.backbones.trunks import Trunk, embedded
+
+        m: Any = self.model
+        vision, text = m.config.vision_config, m.config.text_config
+        return {
+            "vision": Trunk(
+                "vision",
+                "vision_model.encoder",
+                m.vision_model.encoder,
+                width=vision.hidden_size,
+                start=int(self.pools_at_tokens),
+            ),
+            "text": Trunk(
+                "text",
+                "text_model.encoder",
+                m.text_model.encoder,
+                width=text.hidden_size,
+                start=int(self.pools_at_tokens),
+                context=text.max_position_embeddings,
+                causal=self.pools_at_tokens,
+                mask="attention_mask",
+                embed=partial(embedded, m.text_model.embeddings, int(self.pools_at_tokens)),
+            ),
+        }
+
     def set_gradient_checkpointing(self, enable: bool = True) -> bool:
-        model: Any = self.model
-        # transformers 5.20 renamed it, and warns at the old name.
-        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        if enable:
-            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(model, f"{kind}_checkpointing_disable")()
-        return True
+        return checkpoint_transformers(self.model, enable)
 
     def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         return _unit(_features(reachable(model).get_image_features(pixel_values=pixel_values)))
@@ -72,6 +102,7 @@ class HFClip(DualEncoder):
     family = "clip"
     summary = "transformers CLIPModel: OpenAI CLIP, LAION and DataComp checkpoints"
     model_class = "CLIPModel"
+    pools_at_tokens = True
     heads: ClassVar = {"vision": ("visual_projection",), "text": ("text_projection",)}
 
 
@@ -83,6 +114,7 @@ class Siglip(DualEncoder):
         "transformers SiglipModel: sigmoid loss, no class token; text is padded to full length"
     )
     model_class = "SiglipModel"
+    pools_at_tokens = False
     heads: ClassVar = {"vision": (), "text": ("text_model.head",)}
 
 

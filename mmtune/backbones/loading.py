@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SCHEMES = {
     "zoo": "zoo:NAME[@hf], a model that ships (mmtune list backbones)",
     "open_clip": "open_clip:ARCHITECTURE[/PRETRAINED_TAG] or open_clip:/local/folder",
-    "hf": "hf:REPOSITORY_OR_FOLDER, a CLIPModel or SiglipModel (hf:random:FOLDER: its config only)",
+    "hf": "hf:REPOSITORY_OR_FOLDER, a transformers model (hf:random:FOLDER: its config only)",
 }
 
 
@@ -115,25 +115,33 @@ def _open_clip_counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 def _hf(rest: str) -> Loaded:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
 
-    random = rest.startswith("random:")
     source = rest.removeprefix("random:")
-    if random:
-        model = AutoModel.from_config(AutoConfig.from_pretrained(source))
-    else:
-        model = AutoModel.from_pretrained(source)
+    model = _hf_model(source, random=source != rest)
     processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
     return hf_loaded(model, AutoTokenizer.from_pretrained(source), _spec(processor), f"hf:{rest}")
 
 
+def _hf_model(source: str, random: bool) -> nn.Module:
+    """A model of the class that its config names; AutoModel would leave BLIP's heads out."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if random:
+        return transformers.AutoModel.from_config(config) if named is None else named(config)
+    return (named or transformers.AutoModel).from_pretrained(source)
+
+
 def hf_loaded(model: nn.Module, tokenizer: Any, image: ImageSpec, name: str) -> Loaded:
-    """A stock transformers CLIPModel or SiglipModel with its tokenizer."""
+    """A stock transformers model with its tokenizer."""
     from mmtune.backbones import backbone_of
 
     backbone = backbone_of(model)
     config: Any = model.config
-    length = int(config.text_config.max_position_embeddings)
+    # T5's positions are relative and have no end; it was trained on 512 tokens.
+    length = int(getattr(config.text_config, "max_position_embeddings", 512))
     # SigLIP was trained on texts padded to full length and reads its last position: no mask there.
     padded = backbone.family == "siglip"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmtune.backbones.base import Backbone, PairEmbeddings, Site, SiteError, reachable
@@ -11,6 +12,8 @@ from mmtune.backbones.towers import LayerNames, layer_sites, single_sites
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from mmtune.backbones.trunks import Trunk
 
 RESBLOCK = LayerNames(
     roles={
@@ -28,10 +31,10 @@ RESBLOCK = LayerNames(
 TIMM_BLOCK = LayerNames(
     roles={
         "attention": "attn",
-        "q": "attn.qkv.q",
-        "k": "attn.qkv.k",
-        "v": "attn.qkv.v",
-        "out": "attn.proj",
+        "q": "attn.q",
+        "k": "attn.k",
+        "v": "attn.v",
+        "out": "attn.out",
         "mlp": "mlp",
         "fc1": "mlp.fc1",
         "fc2": "mlp.fc2",
@@ -59,10 +62,9 @@ class OpenClip(Backbone):
     def prepare(self) -> None:
         from mmtune.backbones.projections import split
 
-        for path, fused in self._towers().values():
+        for path, _ in self._towers().values():
             for block in self.model.get_submodule(path).children():
-                parent, _, name = fused.rpartition(".")
-                split(block.get_submodule(parent), name)
+                split(block, "attn")
 
     def restore(self) -> None:
         from mmtune.backbones.projections import restore
@@ -90,8 +92,7 @@ class OpenClip(Backbone):
                 "head": [f"{text}text_projection"],
             },
         }
-        for branch, (path, fused) in towers.items():
-            names = TIMM_BLOCK if fused == "attn.qkv" else RESBLOCK
+        for branch, (path, names) in towers.items():
             first: Any = next(m.get_submodule(path).children())
             width = int(first.get_submodule(names.norms[0]).weight.shape[0])
             yield from single_sites(m, branch, "embed", outside[branch]["embed"], width)
@@ -126,33 +127,81 @@ class OpenClip(Backbone):
             return PairEmbeddings(*parts, bias=out.get("logit_bias"))
         return PairEmbeddings(*out)
 
-    def _towers(self) -> dict[str, tuple[str, str]]:
-        """Branch -> (path of its layers, name of the fused attention inside a layer)."""
+    def trunks(self) -> dict[str, Trunk]:
+        from mmtune.backbones.trunks import Trunk
+
+        m: Any = self.model
+        found: dict[str, Trunk] = {}
+        for branch, (path, names) in self._towers().items():
+            if branch == "text":
+                tower = m.text if hasattr(m, "text") else m
+                found[branch] = Trunk(
+                    branch,
+                    path.removesuffix(".resblocks"),
+                    tower.transformer,
+                    width=tower.ln_final.weight.shape[0],
+                    start=1,
+                    context=tower.positional_embedding.shape[0],
+                    causal=tower.attn_mask is not None,
+                    hidden="x",
+                    mask="attn_mask",
+                    embed=partial(_embedded, tower),
+                )
+            elif names is RESBLOCK:
+                width = m.visual.positional_embedding.shape[-1]
+                trunk = m.visual.transformer
+                found[branch] = Trunk(
+                    branch, "visual.transformer", trunk, width, start=1, hidden="x"
+                )
+            else:
+                # Checkpointing calls the blocks one by one: tokens enter before the norm ahead of
+                # them and leave before the norm behind them, which are always called.
+                trunk = m.visual.trunk
+                found[branch] = Trunk(
+                    branch,
+                    "visual.trunk.norm_pre",
+                    trunk.norm_pre,
+                    width=trunk.embed_dim,
+                    start=trunk.num_prefix_tokens,
+                    hidden="x",
+                    exit=trunk.norm,
+                )
+        return found
+
+    def _towers(self) -> dict[str, tuple[str, LayerNames]]:
+        """Branch -> (path of its layers, names inside a layer)."""
         m = self.model
-        found: dict[str, tuple[str, str]] = {}
+        found: dict[str, tuple[str, LayerNames]] = {}
         visual = _visual(m)
         if hasattr(visual, "transformer"):
-            found["vision"] = ("visual.transformer.resblocks", "attn")
+            found["vision"] = ("visual.transformer.resblocks", RESBLOCK)
         elif hasattr(getattr(visual, "trunk", None), "blocks"):
-            first = next(visual.trunk.blocks.children())
-            if hasattr(getattr(first, "attn", None), "qkv"):
-                found["vision"] = ("visual.trunk.blocks", "attn.qkv")
+            from mmtune.backbones.projections import Split
+
+            attention = getattr(next(visual.trunk.blocks.children()), "attn", None)
+            if hasattr(attention, "qkv") or isinstance(attention, Split):
+                found["vision"] = ("visual.trunk.blocks", TIMM_BLOCK)
         text = "text." if hasattr(m, "text") else ""
         holder: Any = m.text if text else m
         if hasattr(getattr(holder, "transformer", None), "resblocks"):
-            found["text"] = (f"{text}transformer.resblocks", "attn")
+            found["text"] = (f"{text}transformer.resblocks", RESBLOCK)
         return found
 
-    def _require_prepared(self, towers: Mapping[str, tuple[str, str]]) -> None:
+    def _require_prepared(self, towers: Mapping[str, tuple[str, LayerNames]]) -> None:
         from mmtune.backbones.projections import Split
 
-        for path, fused in towers.values():
-            first = next(self.model.get_submodule(path).children())
-            if not isinstance(first.get_submodule(fused), Split):
+        for path, _ in towers.values():
+            first: Any = next(self.model.get_submodule(path).children())
+            if not isinstance(first.attn, Split):
                 raise SiteError(
                     f"{path} still holds fused attention, whose q, k, v are no modules: "
                     "call backbone.prepare() first"
                 )
+
+
+def _embedded(tower: Any, ids: Tensor) -> Tensor:
+    """Token and position embeddings [n, d] of ids [n] behind the begin token."""
+    return tower.token_embedding(ids) + tower.positional_embedding[1 : 1 + len(ids)]
 
 
 def _visual(model: nn.Module) -> Any:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmtune.backbones.attention import attend
 
 
 class ProjectionError(ValueError):
@@ -45,6 +46,8 @@ class SplitAttention(nn.Module):
         query [b, t, d], key and value [b, s, d'] (first two axes swapped unless batch_first);
         returns ([b, t, d], None). Attention weights are not available.
     """
+
+    extensible = True
 
     def __init__(self, stock: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -109,7 +112,7 @@ class SplitAttention(nn.Module):
         )
         mask = _additive_mask(attn_mask, key_padding_mask, q, k.shape[2])
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y = attend(self, q, k, v, mask, dropout=dropout)
         y = self.out(y.transpose(1, 2).flatten(2))
         return (y if self.batch_first else y.transpose(0, 1)), None
 
@@ -126,6 +129,8 @@ class SplitFusedAttention(nn.Module):
 
     Shape: x [b, t, d], attn_mask [t, t], [b, h, t, t] or [b h, t, t] -> [b, t, d].
     """
+
+    extensible = True
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
@@ -157,7 +162,7 @@ class SplitFusedAttention(nn.Module):
             attn_mask = attn_mask.flatten(0, 1)
         mask = _additive_mask(attn_mask, None, q, k.shape[2])
         dropout = self.attn_drop.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y = attend(self, q, k, v, mask, dropout=dropout)
         if self.head_scale is not None:
             y = y * self.head_scale
         return self.out_drop(self.out(self.ln_inner(y.transpose(1, 2).flatten(2))))
@@ -170,7 +175,51 @@ class SplitFusedAttention(nn.Module):
         return stock.train(self.training)
 
 
-Split = SplitLinear | SplitAttention | SplitFusedAttention
+class SplitTimmAttention(nn.Module):
+    """timm's `Attention` (fused qkv Linear) with visible projections.
+
+    Shape: x [b, t, d] -> [b, t, d].
+    """
+
+    extensible = True
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        if getattr(stock, "gate", None) is not None:
+            raise ProjectionError(
+                "gated attention multiplies its output by a gate of its own; such a layer cannot "
+                "be adapted at q, k, v"
+            )
+        self.num_heads: int = stock.num_heads
+        self.q, self.k, self.v = _split_rows(stock.qkv.weight, stock.qkv.bias)
+        self.out = stock.proj
+        self.q_norm: nn.Module = stock.q_norm
+        self.k_norm: nn.Module = stock.k_norm
+        self.norm: nn.Module = stock.norm
+        self.attn_drop: nn.Dropout = stock.attn_drop
+        self.proj_drop: nn.Module = stock.proj_drop
+        self.train(stock.training)
+        object.__setattr__(self, "_stock", stock)
+        stock.qkv = stock.qkv.to("meta")
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        q, k, v = (_heads(proj(x), self.num_heads) for proj in (self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        dropout = self.attn_drop.p if self.training else 0.0
+        y = attend(self, q, k, v, attn_mask, is_causal, dropout)
+        return self.proj_drop(self.out(self.norm(y.transpose(1, 2).flatten(2))))
+
+    def restored(self) -> nn.Module:
+        """The stock module with the present weights."""
+        stock = cast(Any, self._stock)
+        stock.qkv = _linear(*_join_rows(self.q, self.k, self.v), stock.qkv.weight.requires_grad)
+        stock.proj = self.out
+        return stock.train(self.training)
+
+
+Split = SplitLinear | SplitAttention | SplitFusedAttention | SplitTimmAttention
 
 
 def split(parent: nn.Module, name: str) -> Split:
@@ -189,12 +238,15 @@ def split(parent: nn.Module, name: str) -> Split:
         shown: Split = SplitAttention(module)
     elif isinstance(module, nn.Linear):
         shown = SplitLinear(module)
+    elif all(hasattr(module, a) for a in ("qkv", "q_norm", "norm", "proj", "fused_attn")):
+        shown = SplitTimmAttention(module)
     elif all(hasattr(module, a) for a in ("in_proj_weight", "num_heads", "out_proj", "attn_drop")):
         shown = SplitFusedAttention(module)
     else:
         raise ProjectionError(
             f"{type(module).__name__} is no attention this toolkit can show as q, k, v, out: "
-            "expected nn.MultiheadAttention, a module with in_proj_weight, or a fused qkv Linear"
+            "expected nn.MultiheadAttention, timm's Attention, a module with in_proj_weight, or a "
+            "fused qkv Linear"
         )
     setattr(parent, name, shown)
     return shown
@@ -267,6 +319,11 @@ def _plain(module: nn.Module) -> nn.Linear:
     if hasattr(module, "base_layer"):
         raise ProjectionError(
             "an adapter still wraps this projection: merge_and_unload() or unload() before restore"
+        )
+    if not cast(nn.Linear, module).weight.is_floating_point():
+        raise ProjectionError(
+            "this projection is quantised, which the stock layout cannot hold: load the model "
+            "again, without quantising it"
         )
     return cast(nn.Linear, module)
 

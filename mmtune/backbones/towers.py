@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 class LayerNames:
     """Where one kind of transformer layer keeps its parts: role -> path inside the layer.
 
-    `norms` may name modules that some layers lack (an Identity is no site).
+    `norms` may name modules that some layers lack (an Identity is no site). `whole` is False where
+    the names are a part of layers (cross-attention) whose rest is another branch.
     """
 
     roles: Mapping[str, str]
     norms: Sequence[str]
+    whole: bool = True
 
 
 HF_LAYER = LayerNames(
@@ -42,18 +44,25 @@ def layer_sites(
     model: nn.Module, branch: str, layers_path: str, names: LayerNames, width: int
 ) -> Iterator[Site]:
     """Sites of every layer below `layers_path`: the layer itself, its parts, its norms."""
+    for index, _ in enumerate(model.get_submodule(layers_path).children()):
+        yield from sites_of_layer(model, branch, index, f"{layers_path}.{index}", names, width)
+
+
+def sites_of_layer(
+    model: nn.Module, branch: str, index: int, path: str, names: LayerNames, width: int
+) -> Iterator[Site]:
+    """Sites of the one layer at `path`, which is layer `index` of its branch."""
     from torch import nn
 
-    for index, layer in enumerate(model.get_submodule(layers_path).children()):
-        prefix = f"{layers_path}.{index}"
-        yield Site(branch, index, "layer", prefix, layer, width)
-        for role, path in names.roles.items():
-            module = layer.get_submodule(path)
-            yield Site(branch, index, role, f"{prefix}.{path}", module, width)
-        for path in names.norms:
-            module = layer.get_submodule(path)
-            if not isinstance(module, nn.Identity):
-                yield Site(branch, index, "norm", f"{prefix}.{path}", module, width)
+    layer = model.get_submodule(path)
+    if names.whole:
+        yield Site(branch, index, "layer", path, layer, width)
+    for role, part in names.roles.items():
+        yield Site(branch, index, role, f"{path}.{part}", layer.get_submodule(part), width)
+    for part in names.norms:
+        module = layer.get_submodule(part)
+        if not isinstance(module, nn.Identity):
+            yield Site(branch, index, "norm", f"{path}.{part}", module, width)
 
 
 def single_sites(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from mmtune.report.numbers import facts, interval, rows, sign, with_interval
@@ -15,16 +14,11 @@ if TYPE_CHECKING:
 
 
 def render_html(report: Report) -> str:
-    """Fill report/template.html. Texts of the data are escaped by jinja2."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    source = files("mmtune.report").joinpath("template.html").read_text(encoding="utf-8")
+    """The report's page."""
     pictures = Pictures()
     gallery = [_item(item, pictures) for item in report.gallery]
-    return environment.from_string(source).render(
+    return fill(
+        "template.html",
         report=report,
         headline=_headline(report),
         rows=rows(report.results),
@@ -35,6 +29,20 @@ def render_html(report: Report) -> str:
         left_out=pictures.left_out,
         manifest=report.manifest,
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """Fill a template of this folder. Texts of the data are escaped by jinja2."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mmtune", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _headline(report: Report) -> dict[str, Any] | None:

@@ -59,11 +59,11 @@ def with_interval(metric: Metric) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in the largest binary unit that leaves at least 1."""
+    """Bytes in the largest binary unit that leaves at least 1, such as "240 KiB" or "1.28 MiB"."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
-            return f"{value:.0f} {unit}"
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
 
@@ -80,7 +80,12 @@ def duration(seconds: float) -> str:
 
 def share(results: Results) -> str:
     """Trainable share in percent, with two significant digits at least."""
-    return f"{results.share:.2f} %" if results.share >= 0.1 else f"{results.share:.2g} %"
+    return percent(results.share)
+
+
+def percent(value: float) -> str:
+    """A percentage with two decimals, or two significant digits below 0.1."""
+    return f"{value:.2f} %" if value >= 0.1 else f"{value:.2g} %"
 
 
 @dataclass(frozen=True)

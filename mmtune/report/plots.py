@@ -5,40 +5,48 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # matplotlib knows no "currentColor": text and axes are drawn in one odd colour, the line in
 # another, and both are replaced by what the page's style sheet decides.
-_INK, _LINE = "#010203", "#040506"
+INK, LINE = "#010203", "#040506"
 
 
-def curve(title: str, xs: Sequence[float], ys: Sequence[float]) -> str:
-    """One line over optimiser steps, as an <svg> element that scales with its container."""
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mmtune",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.labelcolor": INK,
+}
+
+
+def drawing(title: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
+    """What `draw` puts on one pair of axes, as an <svg> element that scales with its container.
+
+    Args:
+        title: written above, and read out where pictures are not seen.
+        size: width and height in inches.
+        draw: draws with INK and LINE, which become the page's colours.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "mmtune",
-        "font.family": "sans-serif",
-        "font.size": 11,
-        "axes.edgecolor": _INK,
-        "text.color": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "axes.labelcolor": _INK,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
-        marker = "o" if len(xs) <= 25 else ""
-        axes.plot(xs, ys, color=_LINE, linewidth=1.8, marker=marker, markersize=3.5)
         axes.set_title(title, loc="left", fontsize=12)
-        axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=_INK, alpha=0.13, linewidth=0.8)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.8)
+        draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -48,7 +56,19 @@ def curve(title: str, xs: Sequence[float], ys: Sequence[float]) -> str:
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text, count=1)
     label = html.escape(title, quote=True)
     text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return text.replace(_INK, "currentColor").replace(_LINE, "var(--accent)")
+    return text.replace(INK, "currentColor").replace(LINE, "var(--accent)")
+
+
+def curve(title: str, xs: Sequence[float], ys: Sequence[float]) -> str:
+    """One line over optimiser steps, as `drawing` gives it."""
+
+    def draw(axes: Axes) -> None:
+        marker = "o" if len(xs) <= 25 else ""
+        axes.plot(xs, ys, color=LINE, linewidth=1.8, marker=marker, markersize=3.5)
+        axes.set_xlabel("step")
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+
+    return drawing(title, (5.2, 2.9), draw)
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> list[str]:

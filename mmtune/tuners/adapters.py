@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmtune.backbones import backbone_of, unwrapped
 from mmtune.tuners.sited import AdapterMismatchError
@@ -17,7 +17,11 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path, trainable: bool = False, adapter_name: str = "default"
+    model: nn.Module,
+    path: str | Path,
+    trainable: bool = False,
+    adapter_name: str = "default",
+    **changes: Any,
 ) -> PeftModel:
     """Put a saved adapter on a stock model.
 
@@ -26,9 +30,12 @@ def load_adapter(
         path: folder with adapter_config.json and adapter_model.safetensors.
         trainable: whether its parameters take gradients.
         adapter_name: name in the resulting model.
+        **changes: fields of the adapter's config to change; `quantise=False` puts a QLoRA adapter
+            on weights that can hold it.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
+        TypeError: the adapter's config has no field that `changes` names.
         AdapterMismatchError: the adapter's tensors do not fit this model; names both shapes.
     """
     from peft import PeftConfig, PeftModel, get_peft_model
@@ -44,6 +51,10 @@ def load_adapter(
     backbone_of(model).prepare()
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
+    for key, value in changes.items():
+        if not hasattr(config, key):
+            raise TypeError(f"the config of this {config.peft_type} adapter has no field {key!r}")
+        setattr(config, key, value)
     saved = load_file(folder / WEIGHTS_FILE)
     try:
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)

@@ -62,24 +62,26 @@ def lora_config(
     backbone.prepare()
     sites = backbone.select(chosen.branches, chosen.sites, chosen.layers)
     require_linear(sites, "lora")
-    # A regular expression, since PEFT would match a plain path as a suffix: open_clip's text layer
-    # `transformer.resblocks.0` is a suffix of its vision layer's path.
     ranks = {
-        _either([s.path for s in sites if s.branch == branch]): rank
+        only([s.path for s in sites if s.branch == branch]): rank
         for branch, rank in chosen.branch_ranks.items()
     }
     return LoraConfig(
         r=chosen.rank,
         lora_alpha=chosen.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=chosen.dropout,
-        target_modules=_either([s.path for s in sites]),
+        target_modules=only([s.path for s in sites]),
         rank_pattern=ranks,
         use_rslora=chosen.rslora,
     )
 
 
-def _either(paths: list[str]) -> str:
-    """A pattern that matches these paths from their start, and nothing else."""
+def only(paths: list[str]) -> str:
+    """A pattern that matches these paths from their start, and nothing else.
+
+    PEFT would match a plain path as a suffix: open_clip's text layer `transformer.resblocks.0` is a
+    suffix of its vision layer's path.
+    """
     return r"(?<!.)(?:" + "|".join(re.escape(p) for p in paths) + ")"
 
 

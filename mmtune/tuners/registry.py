@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mmtune.suggestions import did_you_mean
@@ -14,6 +15,8 @@ from mmtune.suggestions import did_you_mean
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
+
+    from mmtune.tuners.hooks import TrainingHooks
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Method:
         source: paper and identifier.
         options: dataclass whose fields are the other keys below `tuner:`.
         build: (unwrapped model, options) -> PeftConfig aimed at that model; may prepare the model.
+        hooks: (model, optimiser steps of the run, its seed) -> what happens around these steps. The
+            PEFT type of a method with hooks is its name in capitals.
     """
 
     name: str
@@ -33,6 +38,7 @@ class Method:
     source: str
     options: type
     build: Callable[[nn.Module, Any], PeftConfig]
+    hooks: Callable[[PeftModel, int, int], TrainingHooks] | None = None
 
 
 def options_of(config: type, leave_out: Collection[str] = ()) -> type:
@@ -62,14 +68,19 @@ def options_of(config: type, leave_out: Collection[str] = ()) -> type:
     return make_dataclass(config.__name__.replace("Config", "Options"), chosen)
 
 
+def modules() -> list[ModuleType]:
+    """The tuner modules in alphabetical order: each may hold METHODS and PEFT_METHODS."""
+    # PEFT's import asks for them while the package itself may still be importing.
+    package = importlib.import_module("mmtune.tuners")
+    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+    return [importlib.import_module(f"mmtune.tuners.{name}") for name in names]
+
+
 @cache
 def methods() -> dict[str, Method]:
-    """Every method by name, in alphabetical order of module: each tuner module may hold METHODS."""
-    import mmtune.tuners
-
+    """Every method by name, in alphabetical order of module."""
     found: dict[str, Method] = {}
-    for info in pkgutil.iter_modules(mmtune.tuners.__path__):
-        module = importlib.import_module(f"mmtune.tuners.{info.name}")
+    for module in modules():
         for method in getattr(module, "METHODS", ()):
             found[method.name] = method
     return found
@@ -95,3 +106,14 @@ def apply(model: nn.Module, name: str, options: Any, adapter_name: str = "defaul
     from peft import get_peft_model
 
     return get_peft_model(model, method(name).build(model, options), adapter_name=adapter_name)
+
+
+def hooks_for(model: PeftModel, total_steps: int, seed: int) -> TrainingHooks:
+    """The hooks of the method whose adapter is active in `model`, for a run of so many steps."""
+    from mmtune.tuners.hooks import TrainingHooks
+
+    config: Any = model.active_peft_config
+    found = methods().get(config.peft_type.lower())
+    if found is None or found.hooks is None:
+        return TrainingHooks()
+    return found.hooks(model, total_steps, seed)

@@ -2,54 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from mmtune.backbones import backbone_of
-from mmtune.backbones.base import Site, SiteError
+from mmtune.backbones.base import Backbone, Site, SiteError
+from mmtune.backbones.trunks import Trunk
 
 
 class AdapterMismatchError(ValueError):
     """An adapter that was made for another backbone, or for other sites of it."""
 
 
+@dataclass
+class SitedConfig(PeftConfig):
+    """What the config of every method has.
+
+    Args:
+        branches: branches to adapt; None means all that the backbone has for this method.
+        layers: "all", "first:N", "last:N", or indices within each branch.
+        seed: seed of the random start; None draws from torch's default generator.
+        adapted: filled in when the adapter is made: the module paths it sits on. On loading, it
+            must match the model.
+    """
+
+    peft_name: ClassVar[str]
+
+    branches: list[str] | None = None
+    layers: Any = "all"
+    seed: int | None = None
+    adapted: list[str] | None = None
+    # PEFT reads these of every config; sites decide instead.
+    target_modules: None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.peft_name  # pyright: ignore[reportAttributeAccessIssue]
+        problems = list(self.problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each setting that makes no sense."""
+        yield from ()
+
+
+class Attached(nn.Module, BaseTunerLayer):
+    """A tuner layer without a base layer, registered once in the adapted model.
+
+    It holds what several modules share, or what belongs to no module. PEFT saves, switches, freezes
+    and deletes it like any other layer; modules that use it hold unregistered references.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to fold here."""
+
+    def unmerge(self) -> None:
+        """Nothing to undo here."""
+
+    def detach(self) -> None:
+        """Undo what was done to the stock model (hooks, extensions); it is unloaded next."""
+
+
 class SitedTuner(BaseTuner):
     """A PEFT tuner whose targets are sites of a backbone rather than module-name patterns.
 
-    The config has `branches`, `sites`, `layers` and `adapted` (recorded paths).
+    Its config is a `SitedConfig`; one that has `sites` chooses by them.
     """
 
+    # Common to all methods of this toolkit but Aurora, so that one can contain another.
+    prefix = "mmtune_"
+    tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own declaration)
+    # Why the method cannot be folded into the weights, as the end of "... cannot be merged: ".
+    unmergeable: ClassVar[str | None] = None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> PeftConfig:
         backbone = backbone_of(self.model)
         backbone.prepare()
-        chosen = backbone.select(peft_config.branches, peft_config.sites, peft_config.layers)
-        self._check_sites(chosen)
-        paths = [site.path for site in chosen]
+        chosen = self._choose(backbone, peft_config)
+        paths = [target.path for target in chosen]
         if peft_config.adapted is not None and list(peft_config.adapted) != paths:
             raise AdapterMismatchError(_mismatch(list(peft_config.adapted), paths))
         peft_config.adapted = paths
-        self._sites = {site.path: site for site in chosen}
+        self._sites: dict[str, Any] = {target.path: target for target in chosen}
+        seed = peft_config.seed
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
         return peft_config
 
-    def _check_sites(self, sites: Sequence[Site]) -> None:
-        """Raise for sites that the method cannot adapt; nothing has been replaced yet."""
+    def _choose(self, backbone: Backbone, config: Any) -> Sequence[Site | Trunk]:
+        """The places to adapt, in forward order; raises for those that the method cannot adapt."""
+        return backbone.select(config.branches, config.sites, config.layers)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return key in self._sites
 
+    def _attach(self, name: str, make: Callable[[], Attached]) -> Any:
+        """The attached layer called `name`, made when it is first needed."""
+        if not hasattr(self.model, name):
+            self.model.add_module(name, make())
+        return self.model.get_submodule(name)
+
     def _replace(self, parent: nn.Module, name: str, new: nn.Module, device: torch.device) -> None:
         """Put `new` at its place with its adapter parameters on `device`."""
         setattr(parent, name, new)
-        for parameter in new.parameters():
-            if parameter.device != device and parameter.device.type != "meta":
-                parameter.data = parameter.data.to(device)
+        _move(new, device)
+
+    def _settle(self, layer: Any, adapter_name: str, device: torch.device) -> None:
+        """Bring a layer's new adapter to its device, and let it train only if it is active."""
+        _move(layer, device)
+        if adapter_name in self.active_adapters:
+            layer.set_adapter(self.active_adapters)
+            return
+        for group in layer.adapter_layer_names:
+            if adapter_name in getattr(layer, group):
+                getattr(layer, group)[adapter_name].requires_grad_(False)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if self.unmergeable:
+            name = next(iter(self.peft_config.values())).peft_type
+            raise ValueError(f"{name} cannot be merged: {self.unmergeable}")
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for name, child in list(self.model.named_children()):
+            if isinstance(child, Attached):
+                child.detach()
+                delattr(self.model, name)
+        return model
+
+
+def _move(layer: nn.Module, device: torch.device) -> None:
+    """Bring a layer's parameters to `device`, but none that has no memory yet."""
+    for parameter in layer.parameters():
+        if parameter.device != device and "meta" not in (parameter.device.type, device.type):
+            parameter.data = parameter.data.to(device)
 
 
 def require_linear(sites: Sequence[Site], method: str) -> None:

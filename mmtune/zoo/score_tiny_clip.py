@@ -47,7 +47,7 @@ def score_splits(
         splits: (data set, split).
 
     Returns:
-        {"<data set>-<split>": {"text_to_image_r1": {"value", "low", "high", "n"}, ...}}.
+        {"<data set>-<split>": {"txt2img R@1": {"value", "low", "high", "n"}, ...}}.
     """
     side = model.config.vision_config.image_size
     return {
@@ -65,11 +65,11 @@ def table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for split, found in scores.items():
-        cells = [f"`{split}`", str(found["text_to_image_r1"]["n"])]
-        for way in ("text_to_image", "image_to_text"):
-            first = found[f"{way}_r1"]
+        cells = [f"`{split}`", str(found["txt2img R@1"]["n"])]
+        for way in ("txt2img", "img2txt"):
+            first = found[f"{way} R@1"]
             cells.append(f"{first['value']:.1f} [{first['low']:.1f}, {first['high']:.1f}]")
-            cells += [f"{found[f'{way}_r{k}']['value']:.1f}" for k in (5, 10)]
+            cells += [f"{found[f'{way} R@{k}']['value']:.1f}" for k in (5, 10)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """Train `tiny-clip` from nothing on the pre-training split of `clipart`.
 
-    python -m mmtune.zoo.train_tiny_clip --out DIR --teachers DIR --seed 0
+    python -m mmtune.zoo.train_tiny_clip --out DIR --teachers DIR --icons DIR --seed 0
 
 Three stages on one GPU (or, for a smoke test with small numbers, on the CPU):
 1. a byte-pair tokenizer on the training texts and a list of words;
@@ -37,12 +37,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> dict[str, Any]:
+def train(
+    recipe: Recipe, teachers: Path, icons: Path | None, out: Path, device: torch.device
+) -> dict[str, Any]:
     """Run the whole recipe and write the model folder.
 
     Args:
         recipe: the numbers.
         teachers: folder below which the two teacher packages are unpacked (or their cache).
+        icons: folder with the icon packages; None trains on clipart alone.
         out: the model folder; made if missing.
         device: where training runs.
 
@@ -56,7 +59,7 @@ def train(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> di
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
     generator = torch.Generator(device=device).manual_seed(recipe.seed)
-    data = prepare(recipe, teachers, out, device)
+    data = prepare(recipe, teachers, icons, out, device)
     checks = {pair: made.read_pictures(*pair) for pair in EVALUATED}
     teacher = train_teacher(recipe, load_efficientnet(teachers), data, generator)
     teacher_scores = {
@@ -74,7 +77,7 @@ def train(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> di
         "scores": score_splits(average, out),
         "teacher_scores": teacher_scores,
         "parameters": sum(p.numel() for p in average.parameters()),
-        "training_pairs": len(data.mirror),
+        "training_pairs": {"clipart": data.clipart, "icons": len(data.mirror) - data.clipart},
         "seconds": round(time.time() - began),
         "torch": torch.__version__,
     }
@@ -82,16 +85,24 @@ def train(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> di
     return report
 
 
-def prepare(recipe: Recipe, teachers: Path, out: Path, device: torch.device) -> Material:
+def prepare(
+    recipe: Recipe, teachers: Path, icons: Path | None, out: Path, device: torch.device
+) -> Material:
     """Tokenizer (written to `out`), texts, their embeddings, and pictures on the device."""
     pictures = made.read_pictures("clipart", "train", recipe.limit or None)
+    clipart = len(pictures.rows)
+    if icons is not None:
+        pictures = made.with_icons(pictures, icons)
     texts = made.training_texts(pictures, recipe.variants, recipe.seed)
     words = word_list(teachers)[: recipe.words or None]
     flat = [text for some in texts for text in some]
     repeated = [text for text in flat for _ in range(5)]
     train_tokenizer(repeated + words, recipe.vocab_size, out, recipe.context)
-    sentences = sentence_embeddings(teachers, flat + words, device)
-    return made.on_device(pictures, texts, words, sentences, out, recipe.context, device)
+    every = flat + words
+    unique = list(dict.fromkeys(every))
+    row = {text: i for i, text in enumerate(unique)}
+    sentences = sentence_embeddings(teachers, unique, device)[[row[text] for text in every]]
+    return made.on_device(pictures, clipart, texts, words, sentences, out, recipe.context, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--teachers", type=Path, required=True, help="unpacked teacher packages")
+    parser.add_argument("--icons", type=Path, help="unpacked icon packages: further pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prepare-only", action="store_true", help="stop after the embeddings")
     for field in dataclasses.fields(Recipe):
@@ -113,16 +125,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, teachers, device = given.pop("out"), given.pop("teachers"), given.pop("device")
+    icons = given.pop("icons")
     out.mkdir(parents=True, exist_ok=True)
     prepare_only = given.pop("prepare_only")
     recipe = Recipe(**given)
     if prepare_only:
-        prepare(recipe, teachers, out, torch.device(device))
+        prepare(recipe, teachers, icons, out, torch.device(device))
         for pair in EVALUATED:
             held = made.read_pictures(*pair)
             sentence_embeddings(teachers, [row["caption"] for row in held.rows], device)
         return
-    report = train(recipe, teachers, out, torch.device(device))
+    report = train(recipe, teachers, icons, out, torch.device(device))
     for name, scores in report["scores"].items():
         log.info("%s %s", name, {k: v["value"] for k, v in scores.items()})
 

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from mmtune.backbones import SiteError, backbone_of, families
-from tests.conformance.cases import BACKBONES, batch, build
+from mmtune.conformance.backbones import build, images_and_texts
+from mmtune.conformance.methods import PAIRWISE
 
-EVERY = pytest.mark.parametrize("name", list(BACKBONES))
+EVERY = pytest.mark.parametrize("name", PAIRWISE)
 ROLES = ("q", "k", "v", "out", "fc1", "fc2")
 
 
@@ -40,12 +41,15 @@ def test_prepared_computes_what_stock_computes_and_restore_is_exact(name):
     view, other = backbone_of(stock), backbone_of(model)
     other.prepare()
     with torch.no_grad():
-        a, b = view.embed_pairs(stock, batch()), other.embed_pairs(model, batch())
+        a, b = (
+            view.embed_pairs(stock, images_and_texts(0, 3)),
+            other.embed_pairs(model, images_and_texts(0, 3)),
+        )
         for x, y in ((a.image, b.image), (a.text, b.text)):
             assert torch.allclose(x, y, atol=1e-6)
             assert torch.allclose(x.norm(dim=-1), torch.ones(3), atol=1e-6)
-        image = other.encode_image(model, batch()["pixel_values"])
-        text = other.encode_text(model, batch()["input_ids"])
+        image = other.encode_image(model, images_and_texts(0, 3)["pixel_values"])
+        text = other.encode_text(model, images_and_texts(0, 3)["input_ids"])
         assert torch.allclose(image, b.image, atol=1e-6)
         assert torch.allclose(text, b.text, atol=1e-6)
     assert a.scale > 1

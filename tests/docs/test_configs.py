@@ -6,14 +6,18 @@ import shlex
 
 import pytest
 
+from mmtune.compare.config import cells, is_comparison, load_comparison, search_cells
 from mmtune.config import config_names, load_config, to_yaml
 
 # Folders whose configs have another shape are read by the commands that own them.
-RUNS = {n: p for n, p in config_names().items() if n.partition("/")[0] in ("demo", "train")}
+OURS = {n: p for n, p in config_names().items() if n.partition("/")[0] in ("demo", "train")}
+COMPARISONS = {n: p for n, p in OURS.items() if is_comparison(p)}
+RUNS = {n: p for n, p in OURS.items() if n not in COMPARISONS}
 
 
 def test_there_are_shipped_configs():
     assert {"demo/retrieval", "demo/retrieval_lora"} <= set(RUNS)
+    assert "demo/compare" in COMPARISONS
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -24,19 +28,31 @@ def test_config_loads_and_reads_back(name, tmp_path):
     assert load_config(copy) == config
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_cell_of_a_comparison_is_a_run_that_reads_back(name, tmp_path):
+    config = load_comparison(COMPARISONS[name])
+    grid = cells(config) + (search_cells(config) if config.search else [])
+    assert len(grid) >= len(config.methods) * len(config.seeds)
+    copy = tmp_path / "copy.yaml"
+    for cell in grid:
+        copy.write_text(to_yaml(cell.config), encoding="utf-8")
+        assert load_config(copy) == cell.config
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_config_opens_with_the_command_that_runs_it(name):
     from mmtune.cli import build_parser
 
-    first = RUNS[name].read_text(encoding="utf-8").partition("\n")[0]
+    first = OURS[name].read_text(encoding="utf-8").partition("\n")[0]
     program, *arguments = shlex.split(first.removeprefix("#"))
     assert program == "mmtune"
     options, rest = build_parser().parse_known_args(arguments)
     assert rest == []
-    assert options.command == "train"
+    assert options.command == ("compare" if name in COMPARISONS else "train")
     assert options.config == f"configs/{name}.yaml"
 
 
 def test_run_names_are_unique():
     names = [load_config(path).name for path in RUNS.values()]
+    names += [load_comparison(path).name for path in COMPARISONS.values()]
     assert len(set(names)) == len(names)

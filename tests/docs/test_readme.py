@@ -30,6 +30,7 @@ def placeholders(text):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses_and_its_config_loads(command):
     from mmtune.cli import build_parser
+    from mmtune.compare.config import load_comparison
     from mmtune.config import find_config, load_config
 
     words = shlex.split(placeholders(command), comments=True)[1:]
@@ -38,7 +39,8 @@ def test_command_parses_and_its_config_loads(command):
     config = getattr(options, "config", None)
     if config and "X" not in config and "*" not in config and not config.startswith("my"):
         assert find_config(config)
-        load_config(config, [*options.overrides, *rest])
+        load = load_comparison if options.command == "compare" else load_config
+        load(config, [*options.overrides, *rest])
 
 
 @pytest.mark.parametrize("command", TARGETS)
@@ -52,10 +54,11 @@ def test_make_target_exists(command):
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_block_is_python_and_its_names_can_be_imported(code):
     import ast
-    import importlib
+    import importlib.util
 
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmtune"):
             module = importlib.import_module(node.module or "")
             for alias in node.names:
-                assert hasattr(module, alias.name), alias.name
+                place = f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(place), place

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from mmtune.backbones import backbone_of
+from mmtune.conformance.backbones import build, images_and_texts
+from mmtune.conformance.methods import METHODS
 from mmtune.tuners import registry
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import Blocks, ModeFactors
 from mmtune.tuners.aurora.layer import AuroraLinear
-from tests.conformance.cases import METHODS, batch, build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +55,7 @@ def test_base_is_bit_identical_after_a_thousand_bf16_steps(method, backbone):
     frozen = {n: p.clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-    inputs = {k: v.cuda() for k, v in batch(size=8).items()}
+    inputs = {k: v.cuda() for k, v in images_and_texts(0, 8).items()}
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     with torch.no_grad(), wrapped.disable_adapter():
         base = view.encode_image(model, inputs["pixel_values"])

@@ -9,11 +9,11 @@ from torch import nn
 
 from mmtune import AuroraConfig, load_adapter
 from mmtune.backbones.base import Site, SiteError
+from mmtune.conformance.backbones import build
 from mmtune.tuners.aurora.factors import Blocks, ModeFactors, cut, mixers
 from mmtune.tuners.aurora.layer import AuroraLinear
 from mmtune.tuners.registry import methods
 from mmtune.tuners.sited import AdapterMismatchError
-from tests.conformance.cases import build
 
 
 def layer(blocks, rank=3, dtype=torch.float64, seed=0, **settings):

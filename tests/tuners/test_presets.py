@@ -6,8 +6,8 @@ import torch
 
 from mmtune import load_adapter, lora_config
 from mmtune.backbones import SiteError
+from mmtune.conformance.backbones import build
 from mmtune.tuners.sited import AdapterMismatchError
-from tests.conformance.cases import build
 
 
 def adapted(model):

@@ -12,8 +12,8 @@ from mmtune.zoo.score_tiny_clip import load, score_splits, table
 from mmtune.zoo.tiny_clip.augmentation import augment, mix, recolour
 from mmtune.zoo.tiny_clip.byte_pairs import learn_merges
 from mmtune.zoo.tiny_clip.captions import may_mirror, variants
+from mmtune.zoo.tiny_clip.export import score
 from mmtune.zoo.tiny_clip.objectives import contrast, soft_targets, unlike
-from mmtune.zoo.tiny_clip.scoring import hits, recall
 from mmtune.zoo.tiny_clip.tokenizer import train_tokenizer
 
 FOLDER = zoo.model_path("tiny-clip")
@@ -173,20 +173,8 @@ def test_equal_texts_share_the_target():
     assert unlike(sentences, sentences).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_hits_count_every_picture_of_the_same_text():
-    queries = torch.eye(4)
-    gallery = torch.eye(4)[[1, 0, 2, 3]]
-    found = hits(queries, gallery, [7, 7, 8, 9])
-    assert found[1].tolist() == [True, True, True, True]
-    assert hits(queries, gallery, [1, 2, 3, 4])[1].tolist() == [False, False, True, True]
-
-
-def test_recall_and_its_interval():
-    import numpy as np
-
-    found = recall(np.array([True] * 30 + [False] * 70))
-    assert found["value"] == 30.0
-    assert found["n"] == 100
-    # half-width of the normal approximation: 1.96 sqrt(0.3 * 0.7 / 100) = 9.0 points
-    assert found["low"] == pytest.approx(21, abs=1.5)
-    assert found["high"] == pytest.approx(39, abs=1.5)
+def test_every_pair_of_the_same_text_counts_as_right():
+    images, texts = torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]
+    assert score(images, texts, [7, 7, 8, 9])["txt2img R@1"]["value"] == 100
+    apart = score(images, texts, [1, 2, 3, 4])["img2txt R@1"]
+    assert (apart["value"], apart["n"]) == (50, 4)

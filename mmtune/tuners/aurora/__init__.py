@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mmtune.tuners.aurora.config import PEFT_NAME, AuroraConfig
+from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import ModeFactors
 from mmtune.tuners.aurora.layer import AuroraLinear
 from mmtune.tuners.aurora.model import AuroraModel
@@ -18,7 +18,7 @@ def _build(model: nn.Module, options: Any) -> AuroraConfig:
     return AuroraConfig(**asdict(options))
 
 
-PEFT_METHODS = {PEFT_NAME: (AuroraConfig, AuroraModel)}
+PEFT_METHODS = {AuroraConfig.peft_name: (AuroraConfig, AuroraModel)}
 METHODS = (
     Method(
         name="aurora",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from peft import PeftConfig
-
-PEFT_NAME = "AURORA"
+from mmtune.tuners.sited import SitedConfig
 
 
 @dataclass
-class AuroraConfig(PeftConfig):
+class AuroraConfig(SitedConfig):
     """Mode approximation: one set of low-rank factors shared by all layers and branches.
 
     Every adapted weight is cut into blocks of its branch's width d (q, k, v, out: one; fc1 and fc2:
@@ -35,17 +34,13 @@ class AuroraConfig(PeftConfig):
         core: "diagonal" or "dense".
         block_layout: "plain" cuts fc1 and fc2 into contiguous blocks, one mode vector each;
             "interleaved" mixes their mode vectors as the released code does (dense core only).
-        branches: branches to adapt; None means all of the backbone's.
         sites: roles to adapt, or branch -> roles. ["q", "k", "v", "out"] is the paper's choice; the
             released code has {vision: [q, k, v, out, fc1, fc2], text: [q, k, v]}.
-        layers: "all", "first:N", "last:N", or indices within each branch.
         branch_ranks: branch -> rank (at most `rank`, which it may lower for that branch): the
             branch uses the first components of the shared factors.
         compute: "separate" multiplies tokens by the factors; "materialise" adds dW to the weight
             first, which is faster for many tokens but rounds small updates away in bf16.
-        seed: seed of the random factors; None draws from torch's default generator.
-        adapted: filled in when the adapter is made: the module paths it sits on. On loading, it
-            must match the model.
+        branches, layers, seed, adapted: see `SitedConfig`.
 
     Source:
         "Parameter-efficient Tuning of Large-scale Multimodal Foundation Models", NeurIPS 2023,
@@ -54,30 +49,18 @@ class AuroraConfig(PeftConfig):
         its form.
     """
 
+    peft_name: ClassVar[str] = "AURORA"
+
     rank: int = 64
     alpha: float = 1.0
     dropout: float = 0.0
     core: Literal["diagonal", "dense"] = "diagonal"
     block_layout: Literal["plain", "interleaved"] = "plain"
-    branches: list[str] | None = None
     sites: list[str] | dict[str, list[str]] = field(default_factory=lambda: ["q", "k", "v", "out"])
-    layers: Any = "all"
     branch_ranks: dict[str, int] = field(default_factory=dict)
     compute: Literal["separate", "materialise"] = "separate"
-    seed: int | None = None
-    adapted: list[str] | None = None
-    # PEFT reads these of every config; sites decide instead.
-    target_modules: None = None
-    modules_to_save: list[str] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PEFT_NAME  # pyright: ignore[reportAttributeAccessIssue]
-        problems = list(self._problems())
-        if problems:
-            raise ValueError("\n".join(problems))
-
-    def _problems(self) -> Any:
+    def problems(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"aurora.rank must be at least 1, got {self.rank}. Try 64."
         if not 0 <= self.dropout < 1:

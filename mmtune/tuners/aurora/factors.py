@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmtune.backbones.base import Site
 from mmtune.tuners.aurora.config import AuroraConfig
+from mmtune.tuners.sited import Attached
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Blocks:
 
 
 def cut(site: Site, out_features: int, in_features: int) -> Blocks:
-    """Blocks of a site's weight: fc1 and fc2 in squares of the branch's width, others whole.
+    """Blocks of a site's weight: gate, fc1, fc2 in squares of the branch's width, others whole.
 
     An MLP whose width is no multiple of the branch's (SigLIP so400m: 4304 for 1152) stays whole.
     """
     d = site.width
-    if site.role == "fc1" and in_features == d and out_features % d == 0:
+    if site.role in ("fc1", "gate") and in_features == d and out_features % d == 0:
         return Blocks(d, d, rows=out_features // d)
     if site.role == "fc2" and out_features == d and in_features % d == 0:
         return Blocks(d, d, columns=in_features // d)
@@ -57,11 +58,8 @@ class AuroraLayer(BaseTunerLayer):
     """What PEFT visits: the adapted Linears and the factors they share."""
 
 
-class ModeFactors(nn.Module, AuroraLayer):
+class ModeFactors(Attached, AuroraLayer):
     """U, V and core of every block shape, registered once in the adapted model.
-
-    A tuner layer without a base layer, so that PEFT saves, switches, freezes and deletes it like
-    any other; the adapted layers hold unregistered references to it.
 
     Parameters of an adapter, per block shape: U [R, d_in], V [d_out, R], core [R] or [R, R, R].
     """
@@ -74,8 +72,6 @@ class ModeFactors(nn.Module, AuroraLayer):
         self.aurora_U = nn.ModuleDict()
         self.aurora_V = nn.ModuleDict()
         self.aurora_core = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters = []
 
     def add_adapter(self, name: str) -> None:
         for group in (self.aurora_U, self.aurora_V, self.aurora_core):
@@ -106,12 +102,6 @@ class ModeFactors(nn.Module, AuroraLayer):
         u, v, core = (group[name][key] for group in groups)
         part = core[:rank] if core.dim() == 1 else core[:rank, :rank, :rank]
         return u[:rank], v[:, :rank], part
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing to fold here: the adapted layers fold their own updates."""
-
-    def unmerge(self) -> None:
-        """Nothing to undo here."""
 
 
 def mixers(core: Tensor, modes: Tensor, interleaved: bool, rows: bool) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.runs import write_text
-from mmtune.zoo.tiny_clip.scoring import score
 from mmtune.zoo.tiny_clip.teachers import sentence_embeddings
 
 if TYPE_CHECKING:
@@ -34,6 +33,47 @@ def embed_pictures(
         batch = F.interpolate(batch, size=size, mode="bicubic", antialias=True).clamp(0, 255)
         found.append(F.normalize(encode(batch / 127.5 - 1).float(), dim=-1).cpu())
     return torch.cat(found)
+
+
+def score(images: Tensor, texts: Tensor, groups: Sequence[int]) -> dict[str, dict[str, float]]:
+    """R@1, 5 and 10 both ways, with intervals; all pairs of one text are right for each other.
+
+    Args:
+        images: unit vectors; pair i belongs to text `groups[i]`.
+        texts: unit vectors.
+        groups: n numbers.
+
+    Returns:
+        {"txt2img R@1": {"value", "low", "high", "n"}, ...}, in percent.
+
+    Shape:
+        images, texts [n, e].
+    """
+    import numpy as np
+
+    from mmtune.metrics.recall import RetrievalRanks, rank_queries, retrieval_metrics
+
+    members: dict[int, list[int]] = {}
+    for pair, group in enumerate(groups):
+        members.setdefault(group, []).append(pair)
+    right = [members[group] for group in groups]
+    similarity = images.float().cpu() @ texts.float().cpu().T
+    ranks = RetrievalRanks(
+        txt2img=rank_queries(similarity.T, right),
+        img2txt=rank_queries(similarity, right),
+        owner=np.arange(len(right)),
+    )
+    found = retrieval_metrics(ranks)
+    return {
+        name: {
+            "value": round(metric.value, 2),
+            "low": round(metric.low, 2),
+            "high": round(metric.high, 2),
+            "n": metric.n,
+        }
+        for name, metric in found.items()
+        if "R@" in name
+    }
 
 
 def score_pupil(model: Any, held: Pictures, tokenizer: Path) -> dict[str, Any]:

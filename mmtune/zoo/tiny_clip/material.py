@@ -41,6 +41,7 @@ class Material:
         pictures: the split.
         mirror: bool [n], whether a mirrored drawing keeps its meaning.
         groups: int64 [n].
+        clipart: how many of the n are clipart; icons follow.
         tokens: int64 [n, v, t], v texts a drawing; the caption is the first.
         sentences: [n, v, 384], the teacher's embeddings of the same texts.
         word_tokens: int64 [w, t].
@@ -50,20 +51,27 @@ class Material:
     pictures: Pictures
     mirror: Tensor
     groups: Tensor
+    clipart: int
     tokens: Tensor
     sentences: Tensor
     word_tokens: Tensor
     word_sentences: Tensor
 
 
+def split_table(name: str, split: str) -> Any:
+    """A split as a pyarrow table."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(data_path(name, split))
+
+
 def read_pictures(name: str, split: str, limit: int | None = None, side: int = SIDE) -> Pictures:
     """Decode a split, squashed to `side` pixels; `limit` takes its first rows only."""
     import numpy as np
-    import pyarrow.parquet as pq
     import torch
     from PIL import Image
 
-    rows = pq.read_table(data_path(name, split)).slice(0, limit).to_pylist()
+    rows = split_table(name, split).slice(0, limit).to_pylist()
     squares = []
     for row in rows:
         with Image.open(io.BytesIO(row.pop("image")["bytes"])) as opened:
@@ -71,6 +79,30 @@ def read_pictures(name: str, split: str, limit: int | None = None, side: int = S
         squares.append(np.asarray(image))
     pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
     return Pictures(pixels, rows, captions.text_groups(rows))
+
+
+def with_icons(pictures: Pictures, folder: Path) -> Pictures:
+    """The drawings, then the icons below `folder`, but those named like a held-out drawing."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from mmtune.zoo.tiny_clip.icons import read_icons
+
+    held = set()
+    for split in ("val", "test", "test-text"):
+        table = split_table("clipart", split)
+        held |= set(table["caption"].to_pylist()) | set(table["title"].to_pylist())
+    icons = [row for row in read_icons(folder, SIDE) if row["name"] not in held]
+    squares = []
+    for row in icons:
+        with Image.open(io.BytesIO(row["image"])) as opened:
+            squares.append(np.asarray(opened.convert("RGB")))
+    pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+    plain = {"keywords": [], "description": ""}
+    rows = [{"caption": row["name"], "title": row["name"], **plain} for row in icons]
+    every = pictures.rows + rows
+    return Pictures(torch.cat([pictures.pixels, pixels]), every, captions.text_groups(every))
 
 
 def training_texts(pictures: Pictures, count: int, seed: int) -> list[list[str]]:
@@ -81,6 +113,7 @@ def training_texts(pictures: Pictures, count: int, seed: int) -> list[list[str]]
 
 def on_device(
     pictures: Pictures,
+    clipart: int,
     texts: list[list[str]],
     words: list[str],
     sentences: Tensor,
@@ -92,6 +125,7 @@ def on_device(
 
     Args:
         pictures: n drawings.
+        clipart: how many of them are clipart; icons follow.
         texts: n lists of v texts.
         words: w further texts.
         sentences: [n * v + w, 384], embeddings of the texts in order, then of the words.
@@ -119,6 +153,7 @@ def on_device(
         pictures=pictures,
         mirror=torch.tensor([captions.may_mirror(r) for r in pictures.rows], device=device),
         groups=torch.tensor(pictures.groups, device=device),
+        clipart=clipart,
         tokens=ids[:cut].reshape(count, variants, context),
         sentences=sentences[:cut].reshape(count, variants, -1),
         word_tokens=ids[cut:],

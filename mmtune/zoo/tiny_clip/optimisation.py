@@ -45,19 +45,40 @@ class Clock:
         log.info("%.3f s a step: %d steps", pace, self.steps)
 
 
-def draw_pairs(data: Material, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random drawings, none twice while they last, and one of each one's texts."""
+def draw_pairs(
+    data: Material, count: int, icons: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random drawings, none twice while they last, and one of each one's texts.
+
+    Args:
+        data: n drawings.
+        count: how many to draw.
+        icons: share of them that are icons, where there are any.
+        generator: on the data's device.
+
+    Returns:
+        Index of the drawing and of its text, both int64 [count].
+    """
     import torch
 
     device, have = data.groups.device, len(data.groups)
+    share = round(icons * count) if have > data.clipart else 0
+    parts = ((0, data.clipart, count - share), (data.clipart, have, share))
     rounds = [
-        torch.randperm(have, generator=generator, device=device) for _ in range(-(-count // have))
+        start + torch.randperm(end - start, generator=generator, device=device)[:taken]
+        for start, end, wanted in parts
+        for taken in _portions(wanted, end - start)
     ]
-    index = torch.cat(rounds)[:count]
+    index = torch.cat(rounds)
     variants = data.tokens.shape[1]
     choice = torch.randint(variants, (count,), generator=generator, device=device)
     caption = torch.rand(count, generator=generator, device=device) < 0.4
     return index, torch.where(caption, torch.zeros_like(choice), choice)
+
+
+def _portions(wanted: int, have: int) -> list[int]:
+    """`wanted` in portions of at most `have`."""
+    return [min(have, wanted - done) for done in range(0, wanted, max(have, 1))]
 
 
 def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

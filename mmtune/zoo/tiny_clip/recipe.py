@@ -23,6 +23,7 @@ class Recipe:
     embed: int = 256
     variants: int = 6
     limit: int = 0  # training drawings used; 0 means all
+    icon_share: float = 0.5  # of a batch, where icons are given
     words: int = 0  # extra words used; 0 means all
     teacher_size: int = 144
     teacher_steps: int = 400

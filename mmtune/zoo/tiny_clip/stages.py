@@ -80,7 +80,7 @@ def train_teacher(
     if not recipe.teacher_rate:
         teacher.network.eval().requires_grad_(False)
     for step in range(recipe.teacher_steps):
-        index, choice = draw_pairs(data, recipe.teacher_batch, generator)
+        index, choice = draw_pairs(data, recipe.teacher_batch, recipe.icon_share, generator)
         views = augment(
             data.pictures.pixels[index], data.mirror[index], recipe.teacher_size, generator
         )
@@ -149,8 +149,8 @@ def train_pupil(
                 clock.steps,
                 clock.seconds(),
                 " ".join(f"{name} {value.item():.3f}" for name, value in losses.items()),
-                [found[f"text_to_image_r{k}"]["value"] for k in (1, 5, 10)],
-                [found[f"image_to_text_r{k}"]["value"] for k in (1, 5, 10)],
+                [found[f"txt2img R@{k}"]["value"] for k in (1, 5, 10)],
+                [found[f"img2txt R@{k}"]["value"] for k in (1, 5, 10)],
             )
     return average, step
 
@@ -192,7 +192,7 @@ def pupil_losses(
     from torch.nn import functional as F
 
     device = data.groups.device
-    index, choice = draw_pairs(data, recipe.batch, generator)
+    index, choice = draw_pairs(data, recipe.batch, recipe.icon_share, generator)
     double = 2 * recipe.image_size
     views = augment(data.pictures.pixels[index], data.mirror[index], double, generator)
     rounds = range(-(-recipe.mixed // recipe.batch))

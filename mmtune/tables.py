@@ -1,0 +1,141 @@
+"""The tables that the commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from mmtune.config import RunConfig
+    from mmtune.runs import Results
+    from mmtune.tasks.base import Evaluation
+
+
+def results_table(config: RunConfig, results: Results) -> Table:
+    """Before, after and paired differences of a run."""
+    from mmtune.report.numbers import rows
+
+    title = f"{config.name}: {config.method} on {config.model.name}, {results.split} split"
+    table = new_table("metric", "before", "after", "difference", title=title, right=True)
+    colours = {1: "green", -1: "red", 0: ""}
+    for row in rows(results):
+        difference = f"{row.difference} {row.interval}".strip()
+        table.add_row(row.name, row.before, row.after, _styled(difference, colours[row.sign]))
+    table.caption = "brackets: 95 % intervals; differences are paired"
+    return table
+
+
+def evaluation_table(title: str, found: Evaluation) -> Table:
+    """Metrics with their intervals."""
+    from mmtune.report.numbers import with_interval
+
+    table = new_table("metric", "value [95 %]", "queries", title=title, right=True)
+    for name, metric in found.metrics.items():
+        table.add_row(name, with_interval(metric), f"{metric.n:,}")
+    return table
+
+
+def parameter_table(config: RunConfig, model: Any, groups: Sequence[Any]) -> Table:
+    """What a method trains, by branch and role."""
+    from mmtune.parameters import counts
+
+    trainable, total = counts(model)
+    title = f"{config.method} on {config.model.name}"
+    table = new_table("branch", "role", "tensors", "parameters", title=title, right=True)
+    for group in groups:
+        table.add_row(group.branch, group.role, f"{group.tensors:,}", f"{group.count:,}")
+    table.add_section()
+    table.add_row("trainable", "", f"{sum(g.tensors for g in groups):,}", f"{trainable:,}")
+    table.add_row("all", "", "", f"{total:,}")
+    table.add_row("share", "", "", f"{100 * trainable / total:.3g} %")
+    return table
+
+
+def new_table(*columns: str, title: str | None = None, right: bool = False) -> Table:
+    """An empty table whose texts fold; `right` aligns all columns but the first to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if right and index else "left", overflow="fold")
+    return table
+
+
+def _styled(text: str, style: str) -> Any:
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+def matrix() -> list[Table]:
+    """Which method is tested on which backbone, and what is refused."""
+    from mmtune.conformance import methods as suite
+
+    rows = suite.matrix()
+    table = new_table("method", *(b.replace("-", "\n") for b in next(iter(rows.values()))))
+    table.columns[0].no_wrap = True
+    for method, cells in rows.items():
+        table.add_row(method, *("yes" if works else "no" for works in cells.values()))
+    refused = new_table("refused", "on", "because")
+    for row in suite.refusals():
+        refused.add_row(*row)
+    return [table, refused]
+
+
+def _backbones() -> list[Table]:
+    from mmtune import zoo
+    from mmtune.backbones import families
+    from mmtune.backbones.loading import SCHEMES
+
+    table = new_table("backbone", "what it is")
+    for name, cls in families().items():
+        table.add_row(name, cls.summary)
+    names = new_table("model.name", "")
+    for model in zoo.names()["models"]:
+        names.add_row(f"zoo:{model}", "ships with mmtune")
+    for scheme, text in SCHEMES.items():
+        names.add_row(scheme, text)
+    return [table, names]
+
+
+def _methods() -> list[Table]:
+    from mmtune.tuners.registry import methods
+
+    table = new_table("method", "what it trains", "source", "options")
+    for method in [methods()[name] for name in sorted(methods())]:
+        table.add_row(method.name, method.summary, method.source, _fields(method.options))
+    return [table]
+
+
+def _tasks() -> list[Table]:
+    from mmtune.tasks import tasks
+
+    table = new_table("task", "objective", "options")
+    for name, cls in tasks().items():
+        table.add_row(name, cls.summary, _fields(cls.options))
+    return [table]
+
+
+def _configs() -> list[Table]:
+    from mmtune.config import config_names
+
+    table = new_table("config", "command")
+    for name, path in config_names().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        table.add_row(name, first.removeprefix("#").strip())
+    return [table]
+
+
+LISTED = {
+    "backbones": _backbones,
+    "methods": _methods,
+    "tasks": _tasks,
+    "configs": _configs,
+}
+
+
+def _fields(cls: type) -> str:
+    return ", ".join(getattr(cls, "__dataclass_fields__", {}))

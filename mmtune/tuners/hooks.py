@@ -1,0 +1,41 @@
+"""What a method does around the steps of a training run, beside having parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TrainingHooks:
+    """Called by `mmtune.training.train`; a method overrides what it needs.
+
+    Steps are optimiser steps, counted from 1. What a hook draws at random must follow from the
+    run's seed and the step alone, and what it remembers must be in its state: a run that is killed
+    and resumed ends bit for bit like one that was not.
+    """
+
+    def before_step(self, step: int) -> None:
+        """Before the forward pass of a step (once, however many micro-batches it has)."""
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that is added to the task's loss in every micro-batch."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """After the optimiser's step; gradients (clipped, averaged over the step) are still there.
+
+        An evaluation that follows the step sees the model as this leaves it.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the parameters."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+
+    def finish(self) -> None:
+        """After the last step, on the weights that the run ends with."""
