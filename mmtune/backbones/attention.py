@@ -8,7 +8,7 @@ through an attention implementation of their own name, which delegates to their 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -116,6 +116,14 @@ def extended(
     k = torch.cat([extra[0].to(k.dtype), k], dim=2)
     v = torch.cat([extra[1].to(v.dtype), v], dim=2)
     return k, v, mask, False
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a transformers module, or None.
+
+    Earlier versions of transformers 5 call it past_key_values.
+    """
+    return kwargs.get("cache", kwargs.get("past_key_values"))
 
 
 def _extended_sdpa(

@@ -10,7 +10,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextSelfAttention
 
-from mmtune.backbones.attention import EXTENSION, attend
+from mmtune.backbones.attention import EXTENSION, attend, cache_of
 from mmtune.backbones.projections import (
     ProjectionError,
     _heads,
@@ -70,8 +70,7 @@ class OpenTextAttention(BlipTextSelfAttention):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        cache: Any = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As the stock forward, without attention weights.
 
@@ -83,12 +82,13 @@ class OpenTextAttention(BlipTextSelfAttention):
             encoder_attention_mask: [b, 1, t, s], added to the scores of cross-attention. In
                 transformers 5.24 the layer around does not hand it down: padding of the encoder is
                 seen there, and here as there.
-            cache: keys and values of earlier calls; those of cross-attention are made once.
+            kwargs: may hold the cache (`cache_of`): keys and values of earlier calls; those of
+                cross-attention are made once.
         """
         crossing = encoder_hidden_states is not None
         source = encoder_hidden_states if crossing else hidden_states
         q = _heads(self.query(hidden_states), self.num_attention_heads)
-        k, v = self._keys_and_values(source, crossing, cache)
+        k, v = self._keys_and_values(source, crossing, cache_of(kwargs))
         mask = encoder_attention_mask if crossing else attention_mask
         y = attend(
             self, q, k, v, _fitting(mask, q), dropout=self.dropout.p if self.training else 0.0
@@ -123,10 +123,11 @@ class OpenTextEmbeddings(BlipTextEmbeddings):
         input_ids: Tensor | None = None,
         position_ids: Any = None,
         inputs_embeds: Tensor | None = None,
-        cache_length: int = 0,
+        **length: int,
     ) -> Tensor:
+        """As the stock forward; `length`, of the cache, bears another name by version."""
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        return super().forward(None, position_ids, words.clone(), cache_length)
+        return super().forward(None, position_ids, words.clone(), **length)
 
 
 _OPEN: dict[type[nn.Module], type[nn.Module]] = {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import EncoderDecoderCache
 
+from mmtune.backbones.attention import cache_of
 from mmtune.backbones.trunks import Trunk, insert
 
 
@@ -39,7 +40,7 @@ class TextTrunk(Trunk):
     mask: str | None = "attention_mask"
 
     def entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        cache = kwargs.get("cache")
+        cache = cache_of(kwargs)
         return cache is None or cache.get_seq_length() == 0
 
     def enter(
@@ -55,7 +56,7 @@ class TextTrunk(Trunk):
     def carry(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], at: Sequence[int]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache, mask = kwargs["cache"], kwargs.get("attention_mask")
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         if not isinstance(cache, WordCache):
             raise ValueError(
                 f"decoding goes on with a {type(cache).__name__} that does not know of the "
@@ -71,7 +72,9 @@ class TextTrunk(Trunk):
 
     def leave(self, output: Any, at: Sequence[int]) -> Any:
         output = super().leave(output, at)
-        if isinstance(output.cache, EncoderDecoderCache):
-            t = output.last_hidden_state.shape[1]
-            output.cache = WordCache(output.cache, [min(k, t) for k in at])
+        t = output.last_hidden_state.shape[1]
+        # Its cache is told by its class: versions of transformers give the field different names.
+        for name, value in list(output.items()):
+            if isinstance(value, EncoderDecoderCache):
+                output[name] = WordCache(value, [min(k, t) for k in at])
         return output

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtune.backbones.attention import cache_of
 from mmtune.backbones.trunks import Trunk, insert
 
 
@@ -64,8 +65,7 @@ class LanguageTrunk(Trunk):
     """
 
     def entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        # Earlier versions of transformers 5 call it past_key_values.
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = cache_of(kwargs)
         return cache is None or int(cache.get_seq_length()) == 0
 
     def enter(

@@ -91,11 +91,14 @@ class Cell:
 
 
 def cells(config: CompareConfig) -> list[Cell]:
-    """The runs of the comparison: all methods with the first seed, then the next."""
+    """The runs of the comparison: all seeds of a method, then the next method.
+
+    A method may so build on those above it, as fusion does on adapters.
+    """
     return [
         _cell("cells", f"{name}-seed{seed}", name, seed, run, "test")
-        for seed in config.seeds
         for name, run in config.methods.items()
+        for seed in config.seeds
     ]
 
 

@@ -232,6 +232,16 @@ METHODS: dict[str, MethodCase] = {
         merges=False,
         starts_at_base=False,  # the prefix; its adapters and LoRA start at zero
     ),
+    "unipelt-language": MethodCase(
+        "unipelt",
+        {"tokens": 3, "branches": ["language"]},
+        lambda t: 0,
+        refused=dict.fromkeys(
+            ("blip-vqa", "blip-caption", "blip2-opt", "blip2-t5", "llava"),
+            "a decoder's token would see later ones",
+        ),
+        backbones=("blip-vqa", "blip-caption", "blip2-opt", "blip2-t5", "llava"),
+    ),
     "prefix-flat": MethodCase(
         "prefix",
         {"tokens": 3, "reparameterise": False},
@@ -248,8 +258,8 @@ METHODS: dict[str, MethodCase] = {
         {"branches": ["language"]},
         lambda t: bias_count({"language": t["language"]}, (*EVERY, *CROSS)),
         refused={
-            "blip2-t5": "none of .* on blip2 in language has one; branches with biases: vision",
-            "llava": "none of .* on llava in language has one; branches with biases: vision",
+            "blip2-t5": "on blip2 in language has one; branches with biases: vision",
+            "llava": "on llava in language has one; branches with biases: vision",
         },
         backbones=("blip-caption", "blip2-opt", "blip2-t5", "llava"),
     ),
@@ -305,6 +315,17 @@ METHODS: dict[str, MethodCase] = {
         merges=False,
         starts_at_base=False,
         backbones=PAIRWISE,
+    ),
+    "prompt-fusion": MethodCase(
+        "prompt",
+        {"tokens": 4, "branches": ["fusion"]},
+        lambda t: 4 * t["fusion"].width,
+        merges=False,
+        starts_at_base=False,
+        refused=dict.fromkeys(
+            ("blip-retrieval", "blip-vqa"), "virtual tokens enter where a branch takes its input"
+        ),
+        backbones=("blip-retrieval", "blip-vqa", "blip2-opt"),
     ),
     "ptuning": MethodCase(
         "ptuning",

@@ -159,14 +159,15 @@ def captions_by_image(owner: Sequence[int] | np.ndarray, images: int) -> list[li
 def retrieval_metrics(
     ranks: RetrievalRanks, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Metric]:
-    """R@1, 5, 10 both ways in percent, their mean and sum (RSum, up to 600), and median ranks.
+    """R@1, 5, 10 both ways in percent, means, sum (RSum, up to 600), and median ranks.
 
     The 95 % intervals are percentiles of a bootstrap over images, each drawn with all its captions:
     captions of one image are not independent. The same draw serves both directions. Where every
     query hits (or none does), the interval has no width; it says nothing about rarer cases.
 
     Returns:
-        "txt2img R@1", ..., "img2txt R@10", "mean", "RSum", "txt2img MdR", "img2txt MdR".
+        "txt2img R@1", ..., "img2txt R@10", "mean R@1" (of both ways), "mean" (of
+        all six), "RSum", "txt2img MdR", "img2txt MdR".
     """
     sums, counts = _per_image(ranks)
     weights = _weights(len(counts), resamples, seed)
@@ -223,18 +224,20 @@ def _weights(images: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def _combined(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[b, 6] sums and counts -> [b, 8]: six recalls in percent, their mean, their sum."""
+    """[b, 6] sums and counts -> [b, 9]: six recalls in percent, mean R@1, their mean, their sum."""
     recall = 100 * sums / counts
-    means = recall.reshape(len(recall), 2, -1).mean(2).mean(1)
-    return np.concatenate([recall, means[:, None], recall.sum(1, keepdims=True)], 1)
+    both = recall.reshape(len(recall), 2, -1).mean(1)
+    total = recall.sum(1, keepdims=True)
+    return np.concatenate([recall, both[:, :1], both.mean(1, keepdims=True), total], 1)
 
 
 def _with_intervals(
     value: np.ndarray, drawn: np.ndarray, ranks: RetrievalRanks
 ) -> dict[str, Metric]:
-    names = [f"{d} R@{k}" for d in DIRECTIONS for k in KS] + ["mean", "RSum"]
+    names = [f"{d} R@{k}" for d in DIRECTIONS for k in KS]
+    names += ["mean R@1", "mean", "RSum"]
     images, captions = len(ranks.img2txt.above), len(ranks.owner)
-    numbers = [captions] * len(KS) + [images] * len(KS) + [captions + images] * 2
+    numbers = [captions] * len(KS) + [images] * len(KS) + [captions + images] * 3
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     return {
         name: Metric(float(v), float(a), float(b), n)

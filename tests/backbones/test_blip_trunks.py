@@ -4,10 +4,15 @@ from functools import partial
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from mmtune.conformance.backbones import BACKBONES
 
 from .blip_checks import BRANCHES, NAMES, close, generated, outputs, prepared
+
+# What this version of transformers calls the cache that a decoder takes and gives.
+FIELDS = CausalLMOutputWithCrossAttentions.__dataclass_fields__
+CACHE = "cache" if "cache" in FIELDS else "past_key_values"
 
 
 def prompted(trunk, tokens, at):
@@ -114,8 +119,8 @@ def test_decoding_with_tokens_in_the_cache_is_decoding_without_a_cache(at, padde
             step = decoder(
                 input_ids=ids[:, start:end],
                 attention_mask=mask[:, :end],
-                cache=None if step is None else step.cache,
                 use_cache=True,
+                **({} if step is None else {CACHE: step[CACHE]}),
                 **image,
             )
             logits.append(step.logits)
@@ -145,4 +150,4 @@ def test_a_cache_without_the_tokens_is_refused():
     before = decoder(input_ids=ids, encoder_hidden_states=image, use_cache=True)
     prompted(trunk, virtual(trunk), [0, 0])
     with pytest.raises(ValueError, match="does not know of the 2 virtual tokens"):
-        decoder(input_ids=ids[:, :1], encoder_hidden_states=image, cache=before.cache)
+        decoder(input_ids=ids[:, :1], encoder_hidden_states=image, **{CACHE: before[CACHE]})

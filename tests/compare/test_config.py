@@ -19,10 +19,10 @@ def test_the_grid_is_methods_times_seeds_with_one_budget(write):
     config = load_comparison(write(CONFIG))
     grid = cells(config)
     assert [cell.folder for cell in grid] == [
-        "cells/narrow-seed0", "cells/wide-seed0", "cells/narrow-seed1", "cells/wide-seed1",
+        "cells/narrow-seed0", "cells/narrow-seed1", "cells/wide-seed0", "cells/wide-seed1",
     ]  # fmt: skip
     assert [(c.config.seed, c.config.tuner_options.rank, c.config.training.lr) for c in grid] == [
-        (0, 1, 1e-2), (0, 4, 2e-2), (1, 1, 1e-2), (1, 4, 2e-2),
+        (0, 1, 1e-2), (1, 1, 1e-2), (0, 4, 2e-2), (1, 4, 2e-2),
     ]  # fmt: skip
     assert len({(c.config.training.epochs, c.config.training.batch_size) for c in grid}) == 1
     assert {c.split for c in grid} == {"test"}

@@ -20,7 +20,7 @@ from tests.compare.small import BROKEN, CONFIG, EVALUATED, KILL, SEARCH
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = "adapter/adapter_model.safetensors"
-CELLS = ("narrow-seed0", "wide-seed0", "narrow-seed1", "wide-seed1")
+CELLS = ("narrow-seed0", "narrow-seed1", "wide-seed0", "wide-seed1")
 
 
 def run(config, tmp_path, do=compare, name="runs", **settings):
@@ -90,19 +90,19 @@ def test_the_base_is_evaluated_once_and_never_by_a_cell(whole):
     assert len(seen) == 1 + len(CELLS)
 
 
-@pytest.mark.parametrize("kill", ["1:7", "wide-seed0"])
-def test_killed_comparison_goes_on_and_ends_bit_identical(whole, tmp_path, kill, write):
+@pytest.mark.parametrize(("kill", "done"), [("1:7", CELLS[:1]), ("wide-seed0", CELLS[:3])])
+def test_killed_comparison_goes_on_and_ends_bit_identical(whole, tmp_path, kill, done, write):
     """Killed in the middle of a cell, and between two cells."""
     config = write(CONFIG)
     killed = script(config, tmp_path / "runs", **{KILL: kill})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     root = tmp_path / "runs/small"
     before = stamps(root)
-    assert [p.parent.name for p in before] == ["narrow-seed0", "wide-seed0"]
+    assert sorted(p.parent.name for p in before) == sorted(done)
     if kill == "1:7":  # steps 1 to 4 are in a checkpoint
         assert (root / "cells/narrow-seed1/checkpoints/checkpoint-4").is_dir()
     _, told = run(config, tmp_path)
-    assert "2 of 4 cells are done" in told
+    assert f"{len(done)} of 4 cells are done" in told
     after = stamps(root)
     assert {p: after[p] for p in before} == before
     for cell in CELLS:

@@ -47,6 +47,7 @@ def test_golden(case, chunk):
     ours = [*txt, np.mean(txt), *img, np.mean(img), found["mean"].value]
     assert np.abs(np.array(ours) - expected).max() < 1e-9
     assert abs(found["RSum"].value - sum(txt) - sum(img)) < 1e-9
+    assert abs(found["mean R@1"].value - (txt[0] + img[0]) / 2) < 1e-9
 
 
 def test_hand_counted_ranks():

@@ -55,7 +55,14 @@ def test_training_raises_recall_and_the_gallery_shows_it(tmp_path):
     assert model.training
     assert model.base_model.model.text_model.training
     names = [f"{d} R@{k}" for d in ("txt2img", "img2txt") for k in (1, 5, 10)]
-    assert list(after.metrics) == [*names, "mean", "RSum", "txt2img MdR", "img2txt MdR"]
+    assert list(after.metrics) == [
+        *names,
+        "mean R@1",
+        "mean",
+        "RSum",
+        "txt2img MdR",
+        "img2txt MdR",
+    ]
     assert after.primary == "mean"
     assert after.metrics["txt2img R@1"].n == 16
     assert after.metrics["img2txt R@1"].n == 8

@@ -72,7 +72,7 @@ def score(images: Tensor, texts: Tensor, groups: Sequence[int]) -> dict[str, dic
             "n": metric.n,
         }
         for name, metric in found.items()
-        if "R@" in name
+        if name.startswith(("txt2img R", "img2txt R"))
     }
 
 
