@@ -66,7 +66,7 @@ def plain_name(name: str) -> str | None:
 
 
 def _draw(folder: Path, package: str, side: int) -> Iterator[dict[str, Any]]:
-    import resvg_py
+    import resvg_py  # pyright: ignore[reportMissingImports] (only this recipe needs it)
     from PIL import Image
 
     found = sorted(folder.rglob(f"{package}/icons.json"))
