@@ -144,7 +144,7 @@ def test_finished_comparison_trains_nothing_and_a_changed_cell_is_trained_again(
     second = stamps(root)
     kept = {p for p in first if p.parent.name.startswith("narrow")}
     assert {p for p in first if first[p] == second[p]} == kept
-    assert [line["trainable"] for line in results(tmp_path)] == [44, 132, 44, 132]
+    assert [line["trainable"] for line in results(tmp_path)] == [44, 44, 132, 132]
     _, told = run(write(CONFIG.replace("rank: 4", "rank: 3")), tmp_path, overwrite=True)
     third = stamps(root)
     assert all(third[p] != second[p] for p in second)

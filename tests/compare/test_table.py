@@ -104,7 +104,7 @@ def test_markdown_keeps_its_columns_whatever_an_error_says(table):
 
 
 def test_records_hold_what_is_known_and_nothing_else(table):
-    first, failed = record(table.outcomes[0]), record(table.outcomes[3])
+    first, failed = record(table.outcomes[0]), record(table.outcomes[4])
     assert (first["metrics"], first["trainable"], first["lr"]) == ({"fit": 20.0}, 1000, 0.01)
     assert (failed["status"], failed["metrics"], failed["trainable"]) == ("failed", {}, None)
     assert failed["error"] == "ValueError: <b>no|place</b>"
