@@ -305,3 +305,25 @@ def test_unknown_options_are_refused(one):
 def test_no_command_prints_help(capsys):
     assert cli.main([]) == 0
     assert "train" in capsys.readouterr().out
+
+
+def test_matrix_is_the_list_that_the_suite_runs(capsys):
+    from mmtune.conformance.backbones import BACKBONES
+    from mmtune.conformance.methods import matrix, refusals
+
+    assert cli.main(["list", "--matrix"]) == 0
+    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines()]
+    cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+    for method, works in matrix().items():
+        assert cells[method] == ["yes" if works[name] else "no" for name in BACKBONES]
+    for row, backbone, _ in refusals():
+        assert any(
+            line[0].strip() == row and line[1].strip() == backbone
+            for line in lines[1:]
+            if len(line) > 1
+        )
+
+
+def test_list_of_nothing_says_what_there_is(capsys):
+    assert cli.main(["list"]) == 2
+    assert "backbones, methods, tasks, configs, or --matrix" in capsys.readouterr().err
