@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmtune.backbones.base import Backbone, Site, SiteError
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.sited import SitedConfig, SitedTuner
 
 ROLES = ("q", "k", "v", "out", "gate", "fc1", "fc2", "norm")
@@ -119,21 +119,11 @@ class BitFitModel(SitedTuner):
                 raise SiteError(_without_bias(backbone, branch, chosen))
         return biased
 
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site) -> nn.Module:
         layer = target if isinstance(target, ShiftedBias) else ShiftedBias(target)
         layer.add_adapter(adapter_name)
-        if layer is not target:
-            setattr(parent, target_name, layer)
         self._settle(layer, adapter_name, layer.bias.device)
+        return layer
 
 
 def _require_shiftable(chosen: Sequence[Site]) -> None:
@@ -161,10 +151,6 @@ def _without_bias(backbone: Backbone, branch: str | None, chosen: Sequence[Site]
     )
 
 
-def _build(model: nn.Module, options: Any) -> BitFitConfig:
-    return BitFitConfig(**asdict(options))
-
-
 PEFT_METHODS = {BitFitConfig.peft_name: (BitFitConfig, BitFitModel)}
 METHODS = (
     Method(
@@ -172,6 +158,6 @@ METHODS = (
         summary="differences on the biases alone",
         source="arXiv 2106.10199 (ACL 2022)",
         options=options_of(BitFitConfig, leave_out=["adapted", "seed"]),
-        build=_build,
+        build=config_of(BitFitConfig),
     ),
 )

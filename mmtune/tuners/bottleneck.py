@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmtune.backbones.base import Backbone, Site
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.sited import SitedConfig, SitedTuner, require_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -291,34 +291,22 @@ class AdapterModel(SitedTuner):
                 self._other_end |= {first.path: last, last.path: first}
         return chosen
 
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        site: Site = self._sites[current_key]
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site) -> nn.Module:
         layer: Any = target
         if site.role == "norm":
             layer = target if isinstance(target, TrainedNorm) else TrainedNorm(target)
             layer.add_adapter(adapter_name)
         elif site.role in ENTRANCES:
             if not isinstance(target, self.layer_class):
-                layer = self.layer_class(cast(nn.Linear, target), self._handover(site))
-            layer.add_adapter(adapter_name, self._fresh(peft_config, site), peft_config.parallel)
+                layer = self.layer_class(target, self._handover(site))
+            layer.add_adapter(adapter_name, self._fresh(config, site), config.parallel)
         else:
             if not isinstance(target, TappedLinear):
-                layer = TappedLinear(cast(nn.Linear, target), self._handover(site))
+                layer = TappedLinear(target, self._handover(site))
             layer.add_adapter(adapter_name)
         layer.branch, layer.depth = site.branch, site.layer
-        device = layer.get_base_layer().weight.device
-        if layer is not target:
-            self._replace(parent, target_name, layer, device)
-        self._settle(layer, adapter_name, device)
+        self._settle(layer, adapter_name, layer.get_base_layer().weight.device)
+        return layer
 
     def _fresh(self, config: Any, site: Site) -> nn.Module:
         """The adapter of the sublayer that ends at `site`."""
@@ -363,10 +351,6 @@ def adapter_sites(backbone: Backbone, config: AdapterConfig) -> list[Site]:
     return backbone.select(branches, roles, config.layers)
 
 
-def _build(model: nn.Module, options: Any) -> AdapterConfig:
-    return AdapterConfig(**asdict(options))
-
-
 PEFT_METHODS = {AdapterConfig.peft_name: (AdapterConfig, AdapterModel)}
 METHODS = (
     Method(
@@ -374,6 +358,6 @@ METHODS = (
         summary="a bottleneck after (or beside) attention and MLP",
         source="arXiv 1902.00751 (ICML 2019); parallel: arXiv 2110.04366 (ICLR 2022)",
         options=options_of(AdapterConfig, leave_out=["adapted"]),
-        build=_build,
+        build=config_of(AdapterConfig),
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 from mmtune.backbones.base import Backbone, Site, SiteError
 from mmtune.tuners.bottleneck import AdapterConfig, AdapterLayer, AdapterModel
 from mmtune.tuners.hooks import TrainingHooks
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,10 +129,6 @@ def _hooks(model: PeftModel, total_steps: int, seed: int) -> TrainingHooks:
     return RobustDrop(model, seed) if config.robust else TrainingHooks()
 
 
-def _build(model: nn.Module, options: Any) -> AdapterDropConfig:
-    return AdapterDropConfig(**asdict(options))
-
-
 PEFT_METHODS = {AdapterDropConfig.peft_name: (AdapterDropConfig, AdapterDropModel)}
 METHODS = (
     Method(
@@ -140,7 +136,7 @@ METHODS = (
         summary="adapters without those of the first layers, fixed or drawn in every step",
         source="arXiv 2010.11918 (EMNLP 2021)",
         options=options_of(AdapterDropConfig, leave_out=["adapted"]),
-        build=_build,
+        build=config_of(AdapterDropConfig),
         hooks=_hooks,
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -20,7 +20,7 @@ from mmtune.tuners.bottleneck import (
     squeeze,
 )
 from mmtune.tuners.hooks import TrainingHooks
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.sited import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -280,10 +280,6 @@ def _hooks(model: PeftModel, total_steps: int, seed: int) -> TrainingHooks:
     return PullToIdentity(model, config.penalty)
 
 
-def _build(model: nn.Module, options: Any) -> AdapterFusionConfig:
-    return AdapterFusionConfig(**asdict(options))
-
-
 PEFT_METHODS = {AdapterFusionConfig.peft_name: (AdapterFusionConfig, AdapterFusionModel)}
 METHODS = (
     Method(
@@ -293,7 +289,7 @@ METHODS = (
         options=options_of(
             AdapterFusionConfig, leave_out=[*SHARED, "init", "train_norms", "adapted"]
         ),
-        build=_build,
+        build=config_of(AdapterFusionConfig),
         hooks=_hooks,
     ),
 )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from mmtune.backbones.base import Backbone, Site
 from mmtune.tuners.bottleneck import AdapterConfig, AdapterLayer, AdapterModel
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.sited import SitedConfig
 from mmtune.tuners.virtual_keys import ATTENTIONS, VirtualKeys, VirtualKeysTuner
 
@@ -105,26 +105,10 @@ class MamModel(VirtualKeysTuner, AdapterModel):
         chosen = {site.path for site in (*attentions, *mlps)}
         return [site for site in sites if site.path in chosen]
 
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        if self._sites[current_key].role in ATTENTIONS:
-            self._add_keys(peft_config, adapter_name, target, current_key)
-            return
-        AdapterModel._create_and_replace(
-            self, peft_config.adapter(), adapter_name, target, target_name, parent, current_key
-        )
-
-
-def _build(model: nn.Module, options: Any) -> MamConfig:
-    return MamConfig(**asdict(options))
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site) -> nn.Module:
+        if site.role in ATTENTIONS:
+            return VirtualKeysTuner._adapt(self, config, adapter_name, target, site)
+        return AdapterModel._adapt(self, config.adapter(), adapter_name, target, site)
 
 
 PEFT_METHODS = {MamConfig.peft_name: (MamConfig, MamModel)}
@@ -134,6 +118,6 @@ METHODS = (
         summary="a prefix at attention and a scaled parallel adapter at the MLP",
         source="arXiv 2110.04366 (ICLR 2022)",
         options=options_of(MamConfig, leave_out=["adapted"]),
-        build=_build,
+        build=config_of(MamConfig),
     ),
 )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft import PeftModel
-from torch import nn
 
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.sited import SitedConfig
 from mmtune.tuners.virtual_keys import VirtualKeys, VirtualKeysTuner
 
@@ -101,10 +100,6 @@ def eject(model: PeftModel, adapter_name: str = "default") -> None:
     config.reparameterise = False
 
 
-def _build(model: nn.Module, options: Any) -> PrefixConfig:
-    return PrefixConfig(**asdict(options))
-
-
 PEFT_METHODS = {PrefixConfig.peft_name: (PrefixConfig, PrefixModel)}
 METHODS = (
     Method(
@@ -112,6 +107,6 @@ METHODS = (
         summary="prefix tuning: learned keys and values before those of every attention",
         source="arXiv 2101.00190 (ACL 2021)",
         options=options_of(PrefixConfig, leave_out=["adapted"]),
-        build=_build,
+        build=config_of(PrefixConfig),
     ),
 )

@@ -58,22 +58,31 @@ def lora_config(
     from peft import LoraConfig
 
     chosen = options if options is not None else LoraOptions(**settings)
+    return LoraConfig(**aimed(model, chosen, "lora"))
+
+
+def aimed(model: nn.Module, options: LoraOptions, method: str) -> dict[str, Any]:
+    """The arguments of a LoraConfig for the chosen sites of `model`, which it prepares.
+
+    Raises:
+        SiteError: the sites do not exist, or are no Linears; the message names `method`.
+    """
     backbone = backbone_of(model)
     backbone.prepare()
-    sites = backbone.select(chosen.branches, chosen.sites, chosen.layers)
-    require_linear(sites, "lora")
+    sites = backbone.select(options.branches, options.sites, options.layers)
+    require_linear(sites, method)
     ranks = {
         only([s.path for s in sites if s.branch == branch]): rank
-        for branch, rank in chosen.branch_ranks.items()
+        for branch, rank in options.branch_ranks.items()
     }
-    return LoraConfig(
-        r=chosen.rank,
-        lora_alpha=chosen.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=chosen.dropout,
-        target_modules=only([s.path for s in sites]),
-        rank_pattern=ranks,
-        use_rslora=chosen.rslora,
-    )
+    return {
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "lora_dropout": options.dropout,
+        "target_modules": only([s.path for s in sites]),
+        "rank_pattern": ranks,
+        "use_rslora": options.rslora,
+    }
 
 
 def only(paths: list[str]) -> str:

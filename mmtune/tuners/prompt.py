@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmtune.backbones import backbone_of
 from mmtune.backbones.base import Backbone, PairEmbeddings
 from mmtune.backbones.trunks import Trunk
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.virtual_tokens import TrunkTokens, VirtualTokensConfig, VirtualTokensTuner
 
 
@@ -203,10 +203,6 @@ def majority_vote(predictions: Tensor) -> Tensor:
     return predictions.masked_fill(behind, torch.iinfo(predictions.dtype).max).amin(0)
 
 
-def _build(model: nn.Module, options: Any) -> PromptConfig:
-    return PromptConfig(**asdict(options))
-
-
 PEFT_METHODS = {PromptConfig.peft_name: (PromptConfig, PromptModel)}
 METHODS = (
     Method(
@@ -214,6 +210,6 @@ METHODS = (
         summary="virtual tokens at the input of a branch; several prompts in one batch",
         source="arXiv 2104.08691 (EMNLP 2021)",
         options=options_of(PromptConfig, leave_out=["adapted", "layers"]),
-        build=_build,
+        build=config_of(PromptConfig),
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.virtual_tokens import TrunkTokens, VirtualTokensConfig, VirtualTokensTuner
 
 
@@ -205,10 +205,6 @@ def eject(model: PeftModel, adapter_name: str = "default") -> None:
     config.encoder = "none"
 
 
-def _build(model: nn.Module, options: Any) -> PTuningConfig:
-    return PTuningConfig(**asdict(options))
-
-
 PEFT_METHODS = {PTuningConfig.peft_name: (PTuningConfig, PTuningModel)}
 METHODS = (
     Method(
@@ -216,6 +212,6 @@ METHODS = (
         summary="virtual tokens at chosen positions, computed by an MLP or a BiLSTM",
         source="arXiv 2103.10385 (AI Open 2024)",
         options=options_of(PTuningConfig, leave_out=["adapted", "layers"]),
-        build=_build,
+        build=config_of(PTuningConfig),
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmtune.backbones import backbone_of
 from mmtune.backbones.base import Backbone, Site
 from mmtune.suggestions import did_you_mean
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.sited import SitedConfig
 from mmtune.tuners.virtual_keys import VirtualKeys, VirtualKeysTuner
 
@@ -142,13 +142,14 @@ class PTuningV2Model(VirtualKeysTuner):
         self._features = _embedding_size(backbone) if config.classes else 0
         return super()._choose(backbone, config)
 
-    def _add_keys(self, config: Any, adapter_name: str, target: nn.Module, path: str) -> None:
-        super()._add_keys(config, adapter_name, target, path)
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site) -> nn.Module:
+        super()._adapt(config, adapter_name, target, site)
         prompts: DeepPrompts = self.model.get_submodule(self.keys_name)  # pyright: ignore[reportAssignmentType]
         prompts.parts[adapter_name] = config.in_use()
         if config.classes and adapter_name not in prompts.mmtune_heads:
             prompts.add_heads(adapter_name, config.classes, self._features, self._generator)
             self._settle(prompts, adapter_name, next(target.parameters()).device)
+        return target
 
 
 def set_task(model: PeftModel, task: str, adapter_name: str = "default") -> None:
@@ -230,10 +231,6 @@ def _no_task(task: str, known: Mapping[str, int]) -> str:
     return f"no task {task!r}; there are {', '.join(known)}.{did_you_mean(task, list(known))}"
 
 
-def _build(model: nn.Module, options: Any) -> PTuningV2Config:
-    return PTuningV2Config(**asdict(options))
-
-
 PEFT_METHODS = {PTuningV2Config.peft_name: (PTuningV2Config, PTuningV2Model)}
 METHODS = (
     Method(
@@ -241,6 +238,6 @@ METHODS = (
         summary="deep prompts in every layer, several tasks in one adapter, heads",
         source="arXiv 2110.07602 (ACL 2022)",
         options=options_of(PTuningV2Config, leave_out=["adapted"]),
-        build=_build,
+        build=config_of(PTuningV2Config),
     ),
 )

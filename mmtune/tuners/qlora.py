@@ -11,9 +11,8 @@ from peft import LoraConfig, LoraModel, PeftConfig
 from torch import nn
 
 from mmtune.backbones import backbone_of
-from mmtune.tuners.presets import LoraOptions, only
+from mmtune.tuners.presets import LoraOptions, aimed
 from mmtune.tuners.registry import Method
-from mmtune.tuners.sited import require_linear
 
 NAME = "QLORA"
 
@@ -111,21 +110,8 @@ def qlora_config(
     """
     chosen = options if options is not None else QLoraOptions(**settings)
     _require_bitsandbytes()
-    backbone = backbone_of(model)
-    backbone.prepare()
-    sites = backbone.select(chosen.branches, chosen.sites, chosen.layers)
-    require_linear(sites, "qlora")
-    ranks = {
-        only([s.path for s in sites if s.branch == branch]): rank
-        for branch, rank in chosen.branch_ranks.items()
-    }
     return QLoraConfig(
-        r=chosen.rank,
-        lora_alpha=chosen.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=chosen.dropout,
-        target_modules=only([s.path for s in sites]),
-        rank_pattern=ranks,
-        use_rslora=chosen.rslora,
+        **aimed(model, chosen, "qlora"),
         branches=chosen.branches,
         compute_dtype=chosen.compute_dtype,
     )

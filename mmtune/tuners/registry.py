@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -66,6 +66,11 @@ def options_of(config: type, leave_out: Collection[str] = ()) -> type:
             spec = field(default=f.default)
         chosen.append((f.name, types[f.name], spec))
     return make_dataclass(config.__name__.replace("Config", "Options"), chosen)
+
+
+def config_of(config: Callable[..., PeftConfig]) -> Callable[[nn.Module, Any], PeftConfig]:
+    """The `Method.build` of a config whose fields are the options; the tuner aims it."""
+    return lambda model, options: config(**asdict(options))
 
 
 def modules() -> list[ModuleType]:

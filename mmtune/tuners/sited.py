@@ -109,16 +109,39 @@ class SitedTuner(BaseTuner):
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return key in self._sites
 
+    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        layer = self._adapt(peft_config, adapter_name, target, self._sites[current_key])
+        if layer is not target:
+            setattr(parent, target_name, layer)
+
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Any) -> nn.Module:
+        """Put an adapter on one chosen place.
+
+        Args:
+            config: of the adapter.
+            adapter_name: its name.
+            target: what stands at the place: a stock module, or what an earlier adapter put there.
+            site: the place, a `Site` or `Trunk`.
+
+        Returns:
+            What stands there from now on: `target` itself, or what wraps it.
+        """
+        raise NotImplementedError
+
     def _attach(self, name: str, make: Callable[[], Attached]) -> Any:
         """The attached layer called `name`, made when it is first needed."""
         if not hasattr(self.model, name):
             self.model.add_module(name, make())
         return self.model.get_submodule(name)
-
-    def _replace(self, parent: nn.Module, name: str, new: nn.Module, device: torch.device) -> None:
-        """Put `new` at its place with its adapter parameters on `device`."""
-        setattr(parent, name, new)
-        _move(new, device)
 
     def _settle(self, layer: Any, adapter_name: str, device: torch.device) -> None:
         """Bring a layer's new adapter to its device, and let it train only if it is active."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmtune.backbones.base import Backbone, Site, SiteError
 from mmtune.tuners.bottleneck import AdaptedLinear, AdapterLayer, Bottleneck, Handover
-from mmtune.tuners.registry import Method, options_of
+from mmtune.tuners.registry import Method, config_of, options_of
 from mmtune.tuners.sited import SitedConfig, require_linear
 from mmtune.tuners.virtual_keys import (
     ATTENTIONS,
@@ -234,46 +234,29 @@ class UniPELTModel(VirtualKeysTuner):
         }
         return [s for s in within if s in linears or s in attentions]
 
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        site: Site = self._sites[current_key]
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site) -> nn.Module:
         prefixes = self._attach(self.keys_name, self.keys_class)
         if site.role in ATTENTIONS:
-            self._add_keys(peft_config, adapter_name, target, current_key)
-            prefixes.gates.setdefault(current_key, Gates())
-            return
+            prefixes.gates.setdefault(site.path, Gates())
+            return super()._adapt(config, adapter_name, target, site)
         layer: Any = target
         if site.role == "fc2":
             if not isinstance(target, AdaptedLinear):
                 layer = AdaptedLinear(target, Handover())
             d = layer.get_base_layer().out_features
-            adapter = GatedBottleneck(d, peft_config.bottleneck, self._generator)
+            adapter = GatedBottleneck(d, config.bottleneck, self._generator)
             layer.add_adapter(adapter_name, adapter, parallel=False)
         else:
-            gates = prefixes.gates.setdefault(self._attention[current_key], Gates())
+            gates = prefixes.gates.setdefault(self._attention[site.path], Gates())
             layer = target if isinstance(target, GatedLinear) else GatedLinear(target, gates)
             gated = site.role in ("q", "cross_q")
-            layer.add_adapter(adapter_name, peft_config.rank, gated, self._generator)
-        device = layer.get_base_layer().weight.device
-        if layer is not target:
-            self._replace(parent, target_name, layer, device)
-        self._settle(layer, adapter_name, device)
+            layer.add_adapter(adapter_name, config.rank, gated, self._generator)
+        self._settle(layer, adapter_name, layer.get_base_layer().weight.device)
+        return layer
 
 
 def _parameters(tensors: dict[str, Tensor]) -> nn.ParameterDict:
     return nn.ParameterDict({key: nn.Parameter(value) for key, value in tensors.items()})
-
-
-def _build(model: nn.Module, options: Any) -> UniPELTConfig:
-    return UniPELTConfig(**asdict(options))
 
 
 PEFT_METHODS = {UniPELTConfig.peft_name: (UniPELTConfig, UniPELTModel)}
@@ -283,6 +266,6 @@ METHODS = (
         summary="prefix, adapter and LoRA, each behind a learned gate",
         source="arXiv 2110.07577 (ACL 2022)",
         options=options_of(UniPELTConfig, leave_out=["adapted"]),
-        build=_build,
+        build=config_of(UniPELTConfig),
     ),
 )

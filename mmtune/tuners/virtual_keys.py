@@ -243,24 +243,12 @@ class VirtualKeysTuner(SitedTuner):
         self._slots = slots_of(backbone, chosen)
         return chosen
 
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        self._add_keys(peft_config, adapter_name, target, current_key)
-
-    def _add_keys(self, config: Any, adapter_name: str, target: nn.Module, path: str) -> None:
-        """Let the attention at `path` see the adapter's keys, which are made at the first call."""
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site) -> nn.Module:
         keys = self._attach(self.keys_name, self.keys_class)
         if adapter_name not in keys.slots:
             keys.add_adapter(
                 adapter_name, self._slots, config.lengths(), config.perceptron(), self._generator
             )
             self._settle(keys, adapter_name, next(target.parameters()).device)
-        keys.install(path, target)
+        keys.install(site.path, target)
+        return target

@@ -147,21 +147,13 @@ class VirtualTokensTuner(SitedTuner):
             _check_room(trunk, config)
         return chosen
 
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        trunk, make = self._sites[current_key], cast(Any, self.tuner_layer_cls)
-        holder = self._attach(f"{self.attribute}_{trunk.branch}", partial(make, trunk))
-        self._fill(holder, adapter_name, peft_config)
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Trunk) -> nn.Module:
+        make = cast(Any, self.tuner_layer_cls)
+        holder = self._attach(f"{self.attribute}_{site.branch}", partial(make, site))
+        self._fill(holder, adapter_name, config)
         device = next(target.parameters(), next(self.model.parameters())).device
         self._settle(holder, adapter_name, device)
+        return target
 
     def _fill(self, holder: Any, adapter_name: str, config: Any) -> None:
         """Give `holder` a fresh adapter."""

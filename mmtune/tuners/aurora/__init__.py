@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
-from torch import nn
-
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import ModeFactors
 from mmtune.tuners.aurora.layer import AuroraLinear
 from mmtune.tuners.aurora.model import AuroraModel
-from mmtune.tuners.registry import Method, options_of
-
-
-def _build(model: nn.Module, options: Any) -> AuroraConfig:
-    return AuroraConfig(**asdict(options))
-
+from mmtune.tuners.registry import Method, config_of, options_of
 
 PEFT_METHODS = {AuroraConfig.peft_name: (AuroraConfig, AuroraModel)}
 METHODS = (
@@ -25,7 +15,7 @@ METHODS = (
         summary="mode approximation: CP factors shared by layers and branches",
         source="arXiv 2305.08381 (NeurIPS 2023)",
         options=options_of(AuroraConfig, leave_out=["adapted"]),
-        build=_build,
+        build=config_of(AuroraConfig),
     ),
 )
 

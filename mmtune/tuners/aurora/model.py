@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from mmtune.backbones.base import Backbone, Site
-from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, ModeFactors, cut
 from mmtune.tuners.aurora.layer import AuroraLinear
 from mmtune.tuners.sited import SitedTuner, require_linear
@@ -44,27 +43,15 @@ class AuroraModel(SitedTuner):
         require_linear(chosen, "aurora")
         return chosen
 
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: AuroraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        site = self._sites[current_key]
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site) -> nn.Module:
         factors = self._attach(FACTORS, ModeFactors)
         factors.add_adapter(adapter_name)
-        fresh = not isinstance(target, AuroraLinear)
-        layer = AuroraLinear(cast(nn.Linear, target), factors) if fresh else target
+        layer = target if isinstance(target, AuroraLinear) else AuroraLinear(target, factors)
         base: Any = layer.get_base_layer()
         blocks = cut(site, base.out_features, base.in_features)
         layer.add_adapter(
-            adapter_name, blocks, peft_config.rank_of(site.branch), peft_config, self._generator
+            adapter_name, blocks, config.rank_of(site.branch), config, self._generator
         )
-        if fresh:
-            setattr(parent, target_name, layer)
         for part in (layer, factors):
             self._settle(part, adapter_name, base.weight.device)
+        return layer
