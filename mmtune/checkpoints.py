@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 STATE = "mmtune_state.json"
 EXTRA = "trained_base.safetensors"
-HOOKS = "method.safetensors"
+HOOKS = "hooks.safetensors"
 
 
 class TrainingError(RuntimeError):
@@ -58,7 +58,7 @@ def load_weights(model: PeftModel, folder: Path) -> None:
 
 
 def save_hooks(hooks: TrainingHooks, folder: Path) -> None:
-    """Write what the method remembers beside its parameters, if it does."""
+    """Write what method and task remember beside the parameters, if they do."""
     from safetensors.torch import save_file
 
     state = hooks.state_dict()
@@ -67,7 +67,7 @@ def save_hooks(hooks: TrainingHooks, folder: Path) -> None:
 
 
 def load_hooks(hooks: TrainingHooks, folder: Path) -> None:
-    """Give the method back what `save_hooks` wrote."""
+    """Give method and task back what `save_hooks` wrote."""
     from safetensors.torch import load_file
 
     if (folder / HOOKS).exists():

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtune.tables import LISTED, evaluation_table, new_table, parameter_table, results_table
+from mmtune.analysis.commands import add_commands as add_analysis
+from mmtune.tables import (
+    LISTED,
+    evaluation_table,
+    new_table,
+    parameter_table,
+    results_table,
+    sheet_table,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--search", action="store_true", help="choose each method's learning rate on val first"
     )
     compare.add_argument("--overwrite", action="store_true", help="train finished cells again")
+    compare.add_argument(
+        "--one-process", action="store_true", help="start faster; what kills one run kills all"
+    )
     compare.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
 
     evaluate = _command(commands, "eval", _eval, "evaluate a run, or a config's base model")
@@ -88,6 +99,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     evaluate.add_argument("--adapter", type=Path, help="adapter folder (a run has its own)")
     evaluate.add_argument("--split", default="test", help="split of the data (default: test)")
+    evaluate.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="write answers or captions, to submit"
+    )
+
+    rehearsal = _command(
+        commands, "rehearse", _rehearse, "train a few full-size steps on made-up data, measured"
+    )
+    _add_config(rehearsal)
+    rehearsal.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
+    rehearsal.add_argument("--runs", type=Path, default=Path("runs"), help="keeps rehearsals.jsonl")
 
     params = _command(commands, "params", _params, "count what a config would train")
     _add_config(params)
@@ -95,6 +116,20 @@ def build_parser() -> argparse.ArgumentParser:
     merge = _command(commands, "merge", _merge, "fold a run's adapter into stock weights")
     merge.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     merge.add_argument("--out", type=Path, required=True, help="folder to write")
+
+    convert = _command(commands, "convert", _convert, "turn another code's checkpoint into a model")
+    convert.add_argument("layout", choices=("blip",), help="blip: the original BLIP code's .pth")
+    convert.add_argument("file", type=Path, metavar="FILE", help="the checkpoint")
+    convert.add_argument(
+        "--kind", choices=("retrieval", "vqa", "caption"), required=True, help="the stock class"
+    )
+    convert.add_argument("--out", type=Path, required=True, help="folder to write, for hf:FOLDER")
+    convert.add_argument("--image-size", type=int, help="pixels; default: the checkpoint's")
+    convert.add_argument(
+        "--tokenizer", default="bert-base-uncased", help="folder or hub name (default: %(default)s)"
+    )
+
+    add_analysis(lambda name, summary: _command(commands, name, _show, summary))
 
     listing = _command(commands, "list", _list, "show what there is")
     listing.add_argument("what", nargs="?", choices=tuple(LISTED), help="what to list")
@@ -120,7 +155,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     from mmtune.config import load_config
     from mmtune.device import leave_together
     from mmtune.finetuning import fine_tune, first_process
@@ -131,8 +166,7 @@ def _train(options: argparse.Namespace) -> None:
     if first_process():
         folder.check(resume=options.resume, overwrite=options.overwrite or options.dry_run)
     if options.dry_run:
-        _dry_run(config)
-        return
+        return _dry_run(config)
     try:
         results = fine_tune(config, folder, options.resume, options.overwrite, tell=_tell)
     except KeyboardInterrupt:
@@ -143,20 +177,39 @@ def _train(options: argparse.Namespace) -> None:
         _print_costs(results)
         print(f"adapter: {folder.adapter}\nreport:  {folder.path / 'report.html'}")
     leave_together()
+    return OK
 
 
-def _dry_run(config: RunConfig) -> None:
-    from mmtune.finetuning import first_process, prepare, require_splits, wrap
+def _dry_run(config: RunConfig) -> int:
+    from mmtune.dry_runs import dry_run
+    from mmtune.finetuning import first_process
+    from mmtune.tables import memory_table, need_table
 
-    require_splits(config)
-    ready = prepare(config)
-    model, groups = wrap(config, ready.loaded)
+    found = dry_run(config)
     if first_process():
-        _print(parameter_table(config, model, groups))
-        count = len(ready.task.train_dataset)  # type: ignore[arg-type]
-        steps = count // config.training.batch_size // config.training.accumulation
-        print(f"{count:,} training samples, about {steps:,} steps an epoch on one process")
+        _print(need_table(found))
+        _print(parameter_table(config, found.model, found.groups))
+        _print(memory_table(config, found.memory))
+        if found.samples is not None:
+            steps = found.samples // config.training.batch_size // config.training.accumulation
+            print(
+                f"{found.samples:,} training samples, about {steps:,} steps an epoch on one process"
+            )
         print("nothing was trained or written (--dry-run)")
+        for need in found.missing:
+            print(f"missing: {need.key}: {need.what} ({need.text})", file=sys.stderr)
+    return USER_ERROR if found.missing else OK
+
+
+def _rehearse(options: argparse.Namespace) -> None:
+    from mmtune.config import load_config
+    from mmtune.rehearsal import rehearse
+    from mmtune.tables import rehearsal_table
+
+    record = options.runs / "rehearsals.jsonl"
+    found = rehearse(load_config(options.config, options.overrides), options.steps, record, _tell)
+    _print(rehearsal_table(found))
+    print(f"added to {record}")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -174,7 +227,13 @@ def _compare(options: argparse.Namespace) -> int:
 def _compare_methods(config: CompareConfig, options: argparse.Namespace) -> int:
     from mmtune.compare.running import compare
 
-    found = compare(config, options.runs, _tell, overwrite=options.overwrite)
+    found = compare(
+        config,
+        options.runs,
+        _tell,
+        overwrite=options.overwrite,
+        apart=not options.one_process,
+    )
     table = new_table(*found.header(), title=config.name, right=True)
     for line in found.lines():
         table.add_row(*line)
@@ -191,7 +250,13 @@ def _search(config: CompareConfig, options: argparse.Namespace) -> int:
     from mmtune.compare.running import search
     from mmtune.compare.table import search_lines
 
-    found = search(config, options.runs, _tell, overwrite=options.overwrite)
+    found = search(
+        config,
+        options.runs,
+        _tell,
+        overwrite=options.overwrite,
+        apart=not options.one_process,
+    )
     header, lines = search_lines(found)
     table = new_table(*header, title=f"{config.name}: learning rates", right=True)
     for line in lines:
@@ -207,7 +272,7 @@ def _search(config: CompareConfig, options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> None:
     from mmtune.config import load_config
     from mmtune.finetuning import evaluate, first_process
-    from mmtune.runs import RunFolder
+    from mmtune.runs import RunFolder, save_predictions
 
     path, adapter = Path(options.run), options.adapter
     if path.is_dir():
@@ -221,6 +286,9 @@ def _eval(options: argparse.Namespace) -> None:
     if first_process():
         what = f"{config.model.name} with {adapter}" if adapter else f"{config.model.name}"
         _print(evaluation_table(f"{what}, {options.split} split", found))
+        if options.predictions is not None:
+            count = save_predictions(found, options.predictions)
+            print(f"{count:,} predictions: {options.predictions}")
 
 
 def _params(options: argparse.Namespace) -> None:
@@ -241,6 +309,33 @@ def _merge(options: argparse.Namespace) -> None:
     folder.check_holds_run()
     difference = merge_run(load_config(folder.config), folder.adapter, options.out)
     print(f"stock weights in {options.out}; outputs differ by {difference:.1e} relative")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from mmtune.backbones.blip_checkpoints import write
+    from mmtune.tables import conversion_table
+
+    converted, problem = write(
+        options.file, options.kind, options.out, options.image_size, options.tokenizer
+    )
+    _print(conversion_table(converted))
+    if problem is None:
+        print(f"model.name: hf:{options.out}")
+        return OK
+    print(
+        f"{options.out} has no tokenizer and cannot be loaded by hf:FOLDER: {problem}. Delete it "
+        "and convert again with --tokenizer FOLDER.",
+        file=sys.stderr,
+    )
+    return FAILED
+
+
+def _show(options: argparse.Namespace) -> None:
+    shown = options.show(options)
+    for sheet in shown.sheets:
+        _print(sheet_table(sheet))
+    for line in shown.lines:
+        print(line)
 
 
 def _list(options: argparse.Namespace) -> None:

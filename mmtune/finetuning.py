@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmtune import config as configs
 from mmtune.parameters import counts, parameter_groups
 from mmtune.runs import Results, RunError, RunFolder, files_named_in, manifest, write_json
+from mmtune.tasks.base import first_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,11 +34,6 @@ class Prepared:
 
     loaded: Loaded
     task: Task
-
-
-def first_process() -> bool:
-    """Whether this process writes files and prints (rank 0, or the only one)."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def load_model(config: RunConfig) -> Loaded:
@@ -63,15 +58,17 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def wrap(config: RunConfig, loaded: Loaded) -> tuple[PeftModel, list[ParameterGroup]]:
-    """Put a fresh adapter on the model; say what it trains."""
+    """Put a fresh adapter on the model, with the task's heads; say what it trains."""
     import torch
 
+    from mmtune.tasks import tasks
     from mmtune.tuners import registry
 
     torch.manual_seed(config.seed)
     loaded.backbone.prepare()
     sites = loaded.backbone.sites()
-    model = registry.apply(loaded.model, config.method, config.tuner_options)
+    heads = tasks()[config.task].heads(config.task_options, loaded.backbone)
+    model = registry.apply(loaded.model, config.method, config.tuner_options, heads=heads)
     return model, parameter_groups(model, sites)
 
 
@@ -177,9 +174,11 @@ def require_splits(config: RunConfig, split: str = "test") -> None:
 def evaluate(config: RunConfig, adapter: Path | None, split: str) -> Evaluation:
     """Evaluate the base model, or the base model with an adapter, on a split."""
     from mmtune.device import device_of
+    from mmtune.tasks import tasks
     from mmtune.tuners.adapters import load_adapter
 
-    unused = {role: None for role in ("train", "val", "test") if role != split}
+    needed = tasks()[config.task].reads(config.task_options, split)
+    unused = {role: None for role in ("train", "val", "test") if role not in needed}
     ready = prepare(replace(config, data=replace(config.data, **unused)))
     model = ready.loaded.model
     if adapter is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # What PEFT puts before the path of a module inside the stock model.
 _PREFIXES = ("base_model.model.", "base_model.")
+_NUMBER = re.compile(r"_\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def parameter_groups(model: nn.Module, sites: Sequence[Site]) -> list[ParameterG
 
     Returns:
         Groups in the order of the model; what sits on no site is in the branch "shared", with its
-        tensor's name as role.
+        tensor's name as role, in which a module's number is "*".
     """
     paths = {site.path: site for site in sites}
     groups: dict[tuple[str, str], list[int]] = {}
@@ -43,7 +45,7 @@ def parameter_groups(model: nn.Module, sites: Sequence[Site]) -> list[ParameterG
         if parameter.requires_grad:
             path = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
             site = _site_of(path, paths)
-            key = (site.branch, site.role) if site else ("shared", path)
+            key = (site.branch, site.role) if site else ("shared", _NUMBER.sub("_*", path))
             groups.setdefault(key, []).append(parameter.numel())
     return [ParameterGroup(*key, len(sizes), sum(sizes)) for key, sizes in groups.items()]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from mmtune.tasks.base import Metric
+    from mmtune.tasks.base import Evaluation, Metric
 
 PACKAGES = (
     "mmtune", "torch", "torchvision", "transformers", "peft", "open_clip_torch", "accelerate",
@@ -239,6 +239,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_predictions(found: Evaluation, path: Path) -> int:
+    """Write what an evaluation predicted, as evaluation servers take it. Returns how many.
+
+    Raises:
+        RunError: the task predicts nothing that could be submitted.
+    """
+    predictions = found.details.get("predictions")
+    if predictions is None:
+        raise RunError(
+            "this task makes no predictions to write; leave --predictions out. Tasks that answer "
+            "or describe do (vqa, captioning)."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(predictions, ensure_ascii=False) + "\n")
+    return len(predictions)
 
 
 def write_folder(path: Path, fill: Callable[[Path], Any]) -> None:

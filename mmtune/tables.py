@@ -9,7 +9,12 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from mmtune.analysis.tables import Sheet
+    from mmtune.backbones.blip_checkpoints import Converted
     from mmtune.config import RunConfig
+    from mmtune.dry_runs import DryRun
+    from mmtune.memory import MemoryEstimate
+    from mmtune.rehearsal import Rehearsal
     from mmtune.runs import Results
     from mmtune.tasks.base import Evaluation
 
@@ -51,6 +56,95 @@ def parameter_table(config: RunConfig, model: Any, groups: Sequence[Any]) -> Tab
     table.add_row("trainable", "", f"{sum(g.tensors for g in groups):,}", f"{trainable:,}")
     table.add_row("all", "", "", f"{total:,}")
     table.add_row("share", "", "", f"{100 * trainable / total:.3g} %")
+    return table
+
+
+def conversion_table(converted: Converted) -> Table:
+    """What a converted checkpoint became, and what of it has no place there."""
+    model: Any = converted.model
+    vision, text = model.config.vision_config, model.config.text_config
+    table = new_table("part", "what became of it", title=type(model).__name__)
+    table.add_row("parameters", f"{sum(p.numel() for p in model.parameters()):,}")
+    table.add_row("vision tower", f"{vision.num_hidden_layers} x {vision.hidden_size}")
+    table.add_row("text tower", f"{text.num_hidden_layers} x {text.hidden_size}")
+    resized = vision.image_size != converted.trained_at
+    made = f", positions interpolated from {converted.trained_at}" if resized else ""
+    table.add_row("image size", f"{vision.image_size} pixels{made}")
+    for what, count in converted.left_out.items():
+        table.add_row(what, f"{count} tensors left out")
+    if converted.temperature is not None:
+        table.add_row(
+            "temperature", f"{converted.temperature:.4g}, which transformers has no place for"
+        )
+    for name in converted.replaced:
+        table.add_row(name, "takes the value of the output layer, which it is tied to")
+    return table
+
+
+def need_table(found: DryRun) -> Table:
+    """What a run needs, and whether it is there."""
+    table = new_table("needed", "what", "state", "", title="what the config names")
+    colours = {"here": "green", "fetched": "yellow", "missing": "red"}
+    for need in found.needs:
+        table.add_row(need.key, need.what, _styled(need.state, colours[need.state]), need.text)
+    if found.meta:
+        table.caption = "the model was built without its weights, on the meta device"
+    return table
+
+
+def memory_table(config: RunConfig, memory: MemoryEstimate | str) -> Table:
+    """What a training step takes, by kind."""
+    options = config.training
+    title = f"memory of a training step: {options.batch_size} samples, {options.precision}"
+    table = new_table("what", "GiB", "of what", title=title)
+    table.columns[1].justify = "right"
+    if isinstance(memory, str):
+        table.add_row("estimate", "", memory)
+        return table
+    kinds = {
+        "weights": "parameters and buffers",
+        "optimizer": "AdamW's two moments of what is trained",
+        "state": "what is kept between steps: a momentum encoder, a queue",
+        "gradients": "of what is trained",
+        "activations": "inputs, what the backward pass needs, and its own",
+    }
+    for name, text in kinds.items():
+        table.add_row(name, f"{getattr(memory, name) / 2**30:.3f}", text)
+    table.add_section()
+    table.add_row(
+        "estimate", f"{memory.total / 2**30:.2f}", "without CUDA context, workspaces, fragments"
+    )
+    return table
+
+
+def rehearsal_table(found: Rehearsal) -> Table:
+    """What a rehearsal measured."""
+    table = new_table("measured", "", title=f"{found.name}: rehearsal on {found.model}")
+    share = 100 * found.trainable / found.total
+    estimate = found.estimate
+    expected = estimate if isinstance(estimate, str) else f"{estimate / 2**30:.2f} GiB"
+    rows = {
+        "device": str(found.manifest["device"]),
+        "method": f"{found.method}, {found.trainable:,} parameters ({share:.3g} %)",
+        "steps": f"{found.steps} of {found.batch} samples",
+        "median step": f"{1000 * found.step_seconds:.1f} ms, data loading left out",
+        "samples a second": f"{found.samples_per_second:.1f}",
+        "all steps": f"{found.seconds:.1f} s, data loading included",
+        f"peak memory ({found.memory_kind})": f"{found.peak_memory / 2**30:.2f} GiB",
+        "estimate": expected,
+        "loss": f"{found.first_loss:.4f} -> {found.last_loss:.4f} on made-up data",
+    }
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def sheet_table(sheet: Sheet) -> Table:
+    """A table of an analysis."""
+    table = new_table(*sheet.header, title=sheet.title, right=True)
+    for line in sheet.lines:
+        table.add_row(*line)
+    table.caption = sheet.note or None
     return table
 
 

@@ -33,7 +33,7 @@ from mmtune.config import TrainingOptions
 from mmtune.device import PeakMemory, checkpoint_activations
 from mmtune.step_times import StepTimes
 from mmtune.trainer_arguments import trainer_arguments
-from mmtune.tuners.hooks import TrainingHooks
+from mmtune.tuners.hooks import JoinedHooks, TrainingHooks
 from mmtune.tuners.registry import hooks_for
 
 if TYPE_CHECKING:
@@ -323,7 +323,12 @@ def train(
     trainer = TaskTrainer(model, task, options, arguments, metrics, progress)
     steps = math.ceil(options.epochs * trainer.steps_per_epoch)
     arguments.max_steps = min(steps, options.max_steps or steps)
-    trainer.hooks = hooks_for(model, arguments.max_steps, seed)
+    trainer.hooks = JoinedHooks(
+        {
+            "method": hooks_for(model, arguments.max_steps, seed),
+            "task": task.hooks(model, arguments.max_steps),
+        }
+    )
     found = checkpoints(folder / "checkpoints") if resume else []
     done = _start(trainer, found[-1] if found else None, metrics)
     memory, times = PeakMemory(arguments.device), StepTimes(arguments.device)

@@ -38,13 +38,17 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+    """YAML's safe loader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and off as a word."""
 
 
+_OURS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, rule) for tag, rule in rules if tag not in _OURS]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

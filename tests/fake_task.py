@@ -15,7 +15,7 @@ from torch import nn
 
 from mmtune.config import TrainingOptions
 from mmtune.device import leave_together
-from mmtune.tasks.base import Evaluation, Metric
+from mmtune.tasks.base import Evaluation, Metric, Task
 from mmtune.training import train
 
 
@@ -37,7 +37,7 @@ class Samples(torch.utils.data.Dataset):
         return torch.randn(6, generator=generator)
 
 
-class FakeTask:
+class FakeTask(Task):
     """Learn to reverse a vector; a sample depends on (epoch, index) only."""
 
     name: ClassVar[str] = "fake"
@@ -77,6 +77,12 @@ class FakeTask:
             model.train(was)
         value = -float(error)
         return Evaluation({"minus_error": Metric(value, value, value, 50)}, "minus_error")
+
+    def compare(self, before, after):
+        return {}
+
+    def gallery(self, before, after, limit=12):
+        return []
 
 
 def make_model(dropout=0.2, method="lora"):

@@ -15,7 +15,7 @@ from mmtune import cli
 from mmtune.backbones import backbone_of
 from mmtune.backbones.base import ImageSpec, Loaded
 from mmtune.conformance import backbones as cases
-from mmtune.tasks.base import Evaluation, GalleryItem, Metric, Shown
+from mmtune.tasks.base import Evaluation, GalleryItem, Metric, Shown, Task
 
 CONFIG = """\
 name: small
@@ -47,7 +47,7 @@ class Pairs(torch.utils.data.Dataset):
         return {name: value[index] for name, value in self.batch.items()}
 
 
-class PairTask:
+class PairTask(Task):
     name = "pairs"
     summary = "match random pairs"
     options = PairOptions
@@ -207,6 +207,9 @@ def test_best_epoch_is_kept(one, tmp_path):
 
 
 def test_dry_run_writes_nothing(one, capsys, tmp_path):
+    assert cli.main(["train", one, "--dry-run"]) == 2
+    assert "missing: data.train.path and 2 more: made-up.parquet" in capsys.readouterr().err
+    (tmp_path / "made-up.parquet").touch()
     assert cli.main(["train", one, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "9 training samples" in out

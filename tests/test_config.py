@@ -155,6 +155,13 @@ def test_text_that_looks_like_an_exponent_stays_text(write):
     assert load_config(write(GOOD), ["task.prompt=e5"]).task_options.prompt == "e5"
 
 
+def test_off_is_a_word_in_files_and_overrides(write):
+    text = GOOD.replace("method: lora", "method: aurora\n  gate: off")
+    config = load_config(write(text), ["tuner.context=off"])
+    assert (config.tuner_options.gate, config.tuner_options.context) == ("off", "off")
+    assert load_config(write(to_yaml(config))).tuner_options == config.tuner_options
+
+
 def test_overrides_reach_every_section_and_make_absent_ones(write):
     config = load_config(
         write(GOOD.replace("training:\n  lr: 1e-4\n", "")),

@@ -15,6 +15,7 @@ from mmtune.suggestions import did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mmtune.backbones.fusions import Fusion
     from mmtune.backbones.trunks import Trunk
 
 BRANCHES = ("vision", "text", "fusion", "language", "projector")
@@ -89,6 +90,7 @@ class Loaded:
         context_length: tokens the text tower takes.
         name: the name it was loaded by, such as "zoo:tiny-clip".
         count_tokens: text -> its length in tokens before truncation.
+        tokenizer: that of a transformers model, for what a model writes; else None.
     """
 
     model: nn.Module
@@ -98,6 +100,7 @@ class Loaded:
     context_length: int
     name: str
     count_tokens: Callable[[str], int]
+    tokenizer: Any = None
 
 
 class Backbone(ABC):
@@ -152,6 +155,10 @@ class Backbone(ABC):
     def trunks(self) -> dict[str, Trunk]:
         """Where virtual tokens enter each branch that has an input of its own."""
         return {}
+
+    def fusions(self) -> list[Fusion]:
+        """The layers whose cross-attention reads another branch, in forward order."""
+        return []
 
     def sites(self) -> list[Site]:
         """Every site, in forward order. Raises SiteError on an unprepared model."""
@@ -213,36 +220,37 @@ class Backbone(ABC):
         return sorted(chosen, key=lambda s: order[s.path])
 
 
-class Generative(Backbone):
-    """A backbone that writes text. It embeds no pairs, and its pair methods say so.
-
-    Attributes:
-        instead: what to use for retrieval, completing "... embeds no pairs; for retrieval use".
-    """
-
-    instead: ClassVar[str] = "a CLIP, SigLIP or open_clip model"
-
-    def embed_pairs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairEmbeddings:
-        raise self._embeds_nothing()
-
-    def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        raise self._embeds_nothing()
-
-    def encode_text(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        raise self._embeds_nothing()
-
-    def _embeds_nothing(self) -> TypeError:
-        return TypeError(
-            f"{type(self.model).__name__} writes text (answers, captions) and embeds no pairs; "
-            f"for retrieval use {self.instead}"
-        )
-
-
 def reachable(model: nn.Module) -> Any:
     """The module whose methods can be called: DDP hides attributes, PeftModel forwards them."""
     return getattr(model, "module", model)
+
+
+def forward_through(
+    model: nn.Module, stock: nn.Module, compute: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What `compute(*args, **kwargs)` returns, computed as one forward pass of `model`.
+
+    Wrappers act on a forward pass: DistributedDataParallel makes ready to average gradients, PEFT
+    and Accelerate (autocast) set up what they need. Calling the parts of `stock` past them would
+    lose that; here they pass their call on to `stock`, which runs `compute` in place of its own
+    forward.
+
+    Args:
+        model: `stock`, or what wraps it.
+        stock: the unwrapped model.
+        compute: calls parts of `stock`; returns tensors, or tuples or dicts of them.
+        args: tensors, handed through the wrappers.
+        kwargs: tensors, handed through the wrappers.
+    """
+    own = stock.__dict__.get("forward")
+    stock.forward = compute
+    try:
+        return model(*args, **kwargs)
+    finally:
+        if own is None:
+            del stock.forward
+        else:
+            stock.forward = own
 
 
 def checkpoint_transformers(model: Any, enable: bool) -> bool:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmtune.backbones.base import (
-    Generative,
     PairEmbeddings,
     Site,
     SiteError,
     checkpoint_transformers,
     reachable,
 )
+from mmtune.backbones.generative import Generative
 from mmtune.backbones.towers import LayerNames, layer_sites, single_sites
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mmtune.backbones.blip_matching import Matching
+    from mmtune.backbones.fusions import Fusion
+    from mmtune.backbones.generation import Decoding
     from mmtune.backbones.trunks import Trunk
 
 VISION_LAYER = LayerNames(
@@ -74,12 +77,14 @@ class Blip(Generative):
     BlipForImageTextRetrieval embeds pairs, by its contrastive heads.
 
     transformers 5.24 does not hand the mask of the encoder down to cross-attention: an answer sees
-    the padding of its question. Prepared or not, the model computes that.
+    the padding of its question. Prepared or not, the model's own forward pass computes that; what
+    this view scores and writes heeds the mask (`blip_generation`).
     """
 
     family = "blip"
     summary = f"transformers {', '.join(CLASSES)}"
     instead = RETRIEVAL
+    reads_videos = True
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -181,35 +186,43 @@ class Blip(Generative):
         computed from those once more. transformers does not keep BLIP's learned temperature, so
         the scale is that of its initial value, 1 / 0.07.
         """
-        self._require_retrieval()
+        parts = self.matching(model)
         keys = ("pixel_values", "input_ids", "attention_mask")
         inputs = {k: batch[k] for k in keys if batch.get(k) is not None}
         out = model(**inputs, use_itm_head=False)
-        image = self._projected("vision_proj", out.last_hidden_state)
-        text = self._projected("text_proj", out.question_embeds)
+        image = parts.image_features(out.last_hidden_state)
+        text = parts.text_features(out.question_embeds)
         return PairEmbeddings(image, text, image.new_tensor(1 / 0.07))
 
     def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        self._require_retrieval()
-        out = reachable(model).vision_model(pixel_values=pixel_values)
-        return self._projected("vision_proj", out.last_hidden_state)
+        parts = self.matching(model)
+        return parts.image_features(parts.image_states(pixel_values))
 
     def encode_text(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        self._require_retrieval()
-        out = reachable(model).text_encoder(input_ids=input_ids, attention_mask=attention_mask)
-        return self._projected("text_proj", out.last_hidden_state)
+        parts = self.matching(model)
+        return parts.text_features(parts.text_states(input_ids, attention_mask))
 
-    def _require_retrieval(self) -> None:
+    def matching(self, model: nn.Module, first: int | None = None) -> Matching:
+        """The parts with which `model` compares images and texts.
+
+        Args:
+            model: possibly wrapped.
+            first: id of the token that begins a text read with its image; None takes
+                `match_token_id` of the model's config, which conversion of an original checkpoint
+                sets ([ENC]), and where the config has none leaves the texts as they are.
+
+        Raises:
+            TypeError: this class does not compare them.
+        """
+        from mmtune.backbones.blip_matching import Matching
+
         if not hasattr(self.model, "itm_head"):
             raise self._embeds_nothing()
-
-    def _projected(self, head: str, hidden: Tensor) -> Tensor:
-        """[b, t, d] -> [b, e] of the class token, L2-normalised."""
-        from torch.nn.functional import normalize
-
-        return normalize(self.model.get_submodule(head)(hidden[:, 0]), dim=-1)
+        if first is None:
+            first = getattr(self.model.config, "match_token_id", None)
+        return Matching(reachable(model), first)
 
     def trunks(self) -> dict[str, Trunk]:
         """Of vision, text and language; fusion takes the text encoder's tokens and has none."""
@@ -240,3 +253,58 @@ class Blip(Generative):
                 embed=partial(embedded, tower.embeddings, start),
             )
         return found
+
+    def fusions(self) -> list[Fusion]:
+        """Every layer of the text encoder, as `fusion`, and of the decoder."""
+        from mmtune.backbones.fusions import Fusion
+
+        m: Any = self.model
+        config = m.config.text_config
+        found = []
+        for branch, tower in self._text_towers().items() if config.is_decoder else ():
+            words = branch == "text"
+            for index, layer in enumerate(m.get_submodule(tower).encoder.layer):
+                path = f"{tower}.encoder.layer.{index}.crossattention"
+                parts = (layer.crossattention, layer.attention, layer.output)
+                name = "fusion" if words else branch
+                found.append(Fusion(name, index, path, *parts, config.hidden_size, words))
+        return found
+
+    @property
+    def writes(self) -> bool:
+        return hasattr(self.model, "text_decoder")
+
+    @property
+    def templates(self) -> Mapping[str, str]:
+        return {"question": "{question}", "caption": "a picture of "}
+
+    @property
+    def ends(self) -> list[int]:
+        m: Any = self.model
+        return [int(m.config.text_config.sep_token_id)]
+
+    def prompts(
+        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None
+    ) -> dict[str, Tensor]:
+        from mmtune.backbones import blip_generation
+
+        return blip_generation.prompts(self.model, tokenizer, texts, limit)
+
+    def read(
+        self, stock: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[str, Tensor]:
+        from mmtune.backbones import blip_generation
+
+        return blip_generation.read(stock, pixel_values, input_ids, attention_mask)
+
+    def continued(
+        self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        from mmtune.backbones import blip_generation
+
+        return blip_generation.continued(stock, context, target_ids, target_mask)
+
+    def written(self, stock: Any, context: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
+        from mmtune.backbones import blip_generation
+
+        return blip_generation.written(stock, context, decoding, self.ends, self.pad)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmtune.backbones.base import Generative, Site, SiteError, checkpoint_transformers
+from mmtune.backbones import mllm_generation
+from mmtune.backbones.base import Site, SiteError, checkpoint_transformers
+from mmtune.backbones.generation import joined, padded
+from mmtune.backbones.generative import Generative
 from mmtune.backbones.language import language_sites, language_trunk
 from mmtune.backbones.towers import LayerNames, layer_sites, single_sites, sites_of_layer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from mmtune.backbones.fusions import Fusion
+    from mmtune.backbones.generation import Decoding
     from mmtune.backbones.trunks import Trunk
 
 VISION_LAYER = LayerNames(
@@ -120,6 +125,75 @@ class Blip2(Generative):
             "fusion": _query_trunk(qformer, config.qformer_config.hidden_size),
             "language": language_trunk(m, "language_model"),
         }
+
+    def fusions(self) -> list[Fusion]:
+        """The Q-Former's layers with cross-attention; T5's own reads no other branch."""
+        from mmtune.backbones.fusions import Fusion
+
+        m = self._model
+        found = []
+        for index, layer in enumerate(m.qformer.encoder.layer):
+            if layer.has_cross_attention:
+                path = f"qformer.encoder.layer.{index}.crossattention"
+                parts = (layer.crossattention, layer.attention, layer.output_query)
+                width = m.config.qformer_config.hidden_size
+                found.append(Fusion("fusion", index, path, *parts, width, words=False))
+        return found
+
+    @property
+    def templates(self) -> Mapping[str, str]:
+        return {"question": "Question: {question} Answer:", "caption": "a photo of"}
+
+    @property
+    def ends(self) -> list[int]:
+        return mllm_generation.ends_of(self._model.language_model)
+
+    def prompts(
+        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None
+    ) -> dict[str, Tensor]:
+        """The words alone: the learned queries come before them and need no placeholders.
+
+        Their beginning and end are the tokenizer's, as in BLIP-2's processor.
+        """
+        rows = tokenizer(list(texts), truncation=limit is not None, max_length=limit)["input_ids"]
+        left = bool(self._model.config.use_decoder_only_language_model)
+        ids, mask = padded(rows, self.pad, left)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def read(
+        self, stock: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[str, Tensor]:
+        import torch
+
+        words = stock.get_input_embeddings()(input_ids)
+        queries = stock.get_image_features(pixel_values, return_dict=True).pooler_output.to(words)
+        seen = attention_mask.new_ones(queries.shape[:2])
+        embeds = torch.cat([queries, words], dim=1)
+        mask = torch.cat([seen, attention_mask], dim=1)
+        if stock.config.use_decoder_only_language_model:
+            return {"embeds": embeds, "mask": mask}
+        encoder = stock.language_model.get_encoder()
+        states = encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+        return {"states": states.last_hidden_state, "mask": mask}
+
+    def continued(
+        self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        lm = stock.language_model
+        if not stock.config.use_decoder_only_language_model:
+            return mllm_generation.decoded(lm, context, target_ids)
+        embed = stock.get_input_embeddings()
+        inputs = joined(context, embed, target_ids, target_mask)
+        return lm(**inputs, logits_to_keep=target_ids.shape[1], use_cache=False).logits
+
+    def written(self, stock: Any, context: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
+        room = None
+        if "embeds" in context:
+            # The last token is written and not read: it needs no position.
+            room = stock.config.text_config.max_position_embeddings + 1
+            room -= context["embeds"].shape[1]
+        arguments = decoding.within(room).arguments(self.ends, self.pad)
+        return mllm_generation.written(stock.language_model, context, arguments)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> bool:
         return checkpoint_transformers(self.model, enable)

@@ -63,6 +63,7 @@ class OpenTextAttention(BlipTextSelfAttention):
     """
 
     extensible = True
+    heeds_mask = False  # of what it reads; see `heed_masks`
 
     def forward(
         self,
@@ -77,8 +78,8 @@ class OpenTextAttention(BlipTextSelfAttention):
         Args:
             hidden_states: [b, t, d], of which the queries are made.
             attention_mask: [b, 1, t, s], added to the scores of self-attention.
-            encoder_hidden_states: [b, s, d'], of which the keys and values are made; None means
-                self-attention.
+            encoder_hidden_states: [b, s, d'], or [1, s, d'] for all of the batch, of which the keys
+                and values are made; None means self-attention.
             encoder_attention_mask: [b, 1, t, s], added to the scores of cross-attention. In
                 transformers 5.24 the layer around does not hand it down: padding of the encoder is
                 seen there, and here as there.
@@ -89,7 +90,10 @@ class OpenTextAttention(BlipTextSelfAttention):
         source = encoder_hidden_states if crossing else hidden_states
         q = _heads(self.query(hidden_states), self.num_attention_heads)
         k, v = self._keys_and_values(source, crossing, cache_of(kwargs))
+        k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
         mask = encoder_attention_mask if crossing else attention_mask
+        if crossing and mask is None and self.heeds_mask:
+            mask = attention_mask  # the name under which the layer hands the encoder's mask down
         y = attend(
             self, q, k, v, _fitting(mask, q), dropout=self.dropout.p if self.training else 0.0
         )
@@ -150,11 +154,24 @@ def open_tower(tower: nn.Module) -> None:
         tower._mmtune_refusal = handle
 
 
+def heed_masks(tower: nn.Module) -> None:
+    """Open a decoder, and let its cross-attention heed the mask of what it reads, from now on.
+
+    The mask arrives as `attention_mask`, which transformers (5.17 to 5.24) overlooks. It stays so
+    until `close_tower`: what activation checkpointing computes again must be the same.
+    """
+    open_tower(tower)
+    for module in tower.modules():
+        if isinstance(module, OpenTextAttention):
+            module.heeds_mask = True
+
+
 def close_tower(tower: nn.Module) -> None:
     """Undo `open_tower`, and take extensions of its attention away."""
     for module in tower.modules():
         if type(module) in _STOCK:
             module.__dict__.pop(EXTENSION, None)
+            module.__dict__.pop("heeds_mask", None)
             module.__class__ = _STOCK[type(module)]
     handle: Any = tower.__dict__.pop("_mmtune_refusal", None)
     if handle is not None:

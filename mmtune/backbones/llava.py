@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmtune.backbones.base import Generative, Site, checkpoint_transformers
+from mmtune.backbones import mllm_generation
+from mmtune.backbones.base import Site, checkpoint_transformers
+from mmtune.backbones.generation import joined, padded
+from mmtune.backbones.generative import Generative
 from mmtune.backbones.language import language_sites, language_trunk
 from mmtune.backbones.towers import HF_LAYER, single_sites, sites_of_layer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from mmtune.backbones.generation import Decoding
     from mmtune.backbones.trunks import Trunk
+
+
+IMAGE = "<image>"  # where the image stands in a prompt
+# Kind of language model -> how a turn of its user is put; others are spoken to as Vicuna is.
+TURNS = {
+    "qwen2": "<|im_start|>user <image>\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "mistral": "[INST] <image>\n{} [/INST]",
+}
+VICUNA = "USER: <image>\n{} ASSISTANT:"
+SHORTLY = "{question}\nAnswer the question using a single word or phrase."
+CAPTION = "Provide a one-sentence caption for the provided image."
 
 
 class Llava(Generative):
@@ -54,6 +69,67 @@ class Llava(Generative):
         if tower is not None:
             found["vision"] = self._vision_trunk(tower)
         return found | {"language": language_trunk(m, "model.language_model")}
+
+    @property
+    def templates(self) -> Mapping[str, str]:
+        turn = TURNS.get(self._model.config.text_config.model_type, VICUNA)
+        return {"question": turn.format(SHORTLY), "caption": turn.format(CAPTION)}
+
+    @property
+    def ends(self) -> list[int]:
+        return mllm_generation.ends_of(self._model)
+
+    def prompts(
+        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None
+    ) -> dict[str, Tensor]:
+        """Prompts with as many placeholders as the image has tokens; they are never cut.
+
+        Raises:
+            ValueError: a text without exactly one <image>.
+        """
+        wrong = next((t for t in texts if t.count(IMAGE) != 1), None)
+        if wrong is not None:
+            raise ValueError(
+                f"a prompt must hold {IMAGE} once, where the image stands; got {wrong!r:.120}. "
+                "Set task.prompt accordingly."
+            )
+        token = tokenizer.convert_ids_to_tokens(self._model.config.image_token_index)
+        marks = token * self._image_tokens()
+        rows = tokenizer([t.replace(IMAGE, marks) for t in texts])["input_ids"]
+        ids, mask = padded(rows, self.pad, left=True)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def read(
+        self, stock: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[str, Tensor]:
+        import torch
+
+        words = stock.get_input_embeddings()(input_ids)
+        features = stock.get_image_features(pixel_values, return_dict=True).pooler_output
+        image = torch.cat(list(features)).to(words)
+        here = stock.model.get_placeholder_mask(
+            input_ids, inputs_embeds=words, image_features=image
+        )
+        return {"embeds": words.masked_scatter(here, image), "mask": attention_mask}
+
+    def continued(
+        self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        inputs = joined(context, stock.get_input_embeddings(), target_ids, target_mask)
+        states = stock.model.language_model(**inputs, use_cache=False).last_hidden_state
+        return stock.lm_head(states[:, -target_ids.shape[1] :])
+
+    def written(self, stock: Any, context: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
+        arguments = decoding.arguments(self.ends, self.pad)
+        return mllm_generation.written(stock, context, arguments)
+
+    def _image_tokens(self) -> int:
+        config = self._model.config
+        vision, tower = config.vision_config, self._model.model.vision_tower
+        root = getattr(tower, "vision_model", tower)
+        with_class = hasattr(root.embeddings, "class_embedding")
+        cropped = config.vision_feature_select_strategy == "default"
+        return (vision.image_size // vision.patch_size) ** 2 + with_class - cropped
 
     def set_gradient_checkpointing(self, enable: bool = True) -> bool:
         return checkpoint_transformers(self.model, enable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCHEMES = {
-    "zoo": "zoo:NAME[@hf], a model that ships (mmtune list backbones)",
+    "zoo": "zoo:NAME[@FLAVOUR], a model that ships (mmtune list backbones)",
     "open_clip": "open_clip:ARCHITECTURE[/PRETRAINED_TAG] or open_clip:/local/folder",
-    "hf": "hf:REPOSITORY_OR_FOLDER, a transformers model (hf:random:FOLDER: its config only)",
+    "hf": "hf:REPOSITORY or hf:./FOLDER, a transformers model (hf:random:NAME: random weights)",
 }
 
 
@@ -30,13 +31,44 @@ def load(name: str, dtype: str = "float32") -> Loaded:
     Raises:
         ValueError: an unknown form, architecture, tag or dtype; the message lists what there is.
     """
-    scheme, _, rest = name.partition(":")
-    if scheme not in SCHEMES or not rest:
-        raise ValueError(f"no model {name!r}; expected " + "; ".join(SCHEMES.values()))
+    scheme, rest = _parts(name)
     loaders: dict[str, Callable[[str], Loaded]] = {"zoo": _zoo, "open_clip": _open_clip, "hf": _hf}
     loaded = loaders[scheme](rest)
     loaded.model.to(torch_dtype(dtype))
     return loaded
+
+
+def _parts(name: str) -> tuple[str, str]:
+    scheme, _, rest = name.partition(":")
+    if scheme not in SCHEMES or not rest:
+        raise ValueError(f"no model {name!r}; expected " + "; ".join(SCHEMES.values()))
+    return scheme, rest
+
+
+def untrained(name: str) -> str:
+    """The name of the same architecture with random weights; the zoo's models stay as they are."""
+    scheme, rest = _parts(name)
+    if scheme == "open_clip" and not Path(rest).is_dir():
+        return f"open_clip:{rest.partition('/')[0]}"
+    if scheme == "hf":
+        return f"hf:random:{rest.removeprefix('random:')}"
+    return name
+
+
+def shell(name: str, dtype: str = "float32") -> Loaded:
+    """The architecture of a model, on the meta device: it has sizes and takes no memory.
+
+    The zoo's models and local open_clip folders, which are at hand, are loaded as they are.
+
+    Raises:
+        ValueError, OSError: see `load`; or the architecture is not known without a hub.
+    """
+    import torch
+
+    scheme, rest = _parts(name)
+    at_hand = scheme == "zoo" or (scheme == "open_clip" and Path(rest).is_dir())
+    with nullcontext() if at_hand else torch.device("meta"):
+        return load(untrained(name), dtype)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -53,7 +85,7 @@ def _zoo(rest: str) -> Loaded:
     from mmtune import zoo
 
     name, _, flavour = rest.partition("@")
-    return zoo.load(name, flavour=flavour or "open_clip")
+    return zoo.load(name, flavour or None)
 
 
 def _open_clip(rest: str) -> Loaded:
@@ -77,10 +109,14 @@ def _open_clip(rest: str) -> Loaded:
 def open_clip_loaded(source: str, tag: str | None, name: str) -> Loaded:
     """A stock open_clip model: `source` is an architecture or `local-dir:FOLDER`."""
     import open_clip
+    import torch
 
     from mmtune.backbones import backbone_of
 
-    model, _, preprocess = open_clip.create_model_and_transforms(source, pretrained=tag)
+    # open_clip moves the model to its own default device, which a meta tensor cannot follow.
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        source, pretrained=tag, device=torch.get_default_device()
+    )
     tokenizer = open_clip.get_tokenizer(source)
     settings: Any = getattr(
         preprocess, "preprocess_cfg", None
@@ -117,8 +153,19 @@ def _open_clip_counter(tokenizer: Any) -> Callable[[str], int]:
 def _hf(rest: str) -> Loaded:
     from transformers import AutoImageProcessor, AutoTokenizer
 
+    from mmtune.backbones.architectures import architecture
+
     source = rest.removeprefix("random:")
-    model = _hf_model(source, random=source != rest)
+    random, folder = source != rest, Path(source).is_dir()
+    known = architecture(source) if random and not folder else None
+    if known is not None:
+        return hf_loaded(known.model(), known.tokenizer(), known.image, f"hf:{rest}")
+    if source.startswith((".", "/")) and not folder:
+        raise ValueError(
+            f"there is no folder {source} ({Path(source).absolute()}). A checkpoint of the "
+            "original BLIP becomes one by `mmtune convert blip FILE --kind KIND --out FOLDER`."
+        )
+    model = _hf_model(source, random)
     processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
     return hf_loaded(model, AutoTokenizer.from_pretrained(source), _spec(processor), f"hf:{rest}")
 
@@ -159,7 +206,7 @@ def hf_loaded(model: nn.Module, tokenizer: Any, image: ImageSpec, name: str) -> 
     def count(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
-    return Loaded(model.eval(), backbone, image, tokenize, length, name, count)
+    return Loaded(model.eval(), backbone, image, tokenize, length, name, count, tokenizer)
 
 
 _PIL_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.compare.config import Cell
-from mmtune.compare.process import call_apart
+from mmtune.compare.process import call_apart, call_here
 from mmtune.config import load_config, to_yaml
 from mmtune.runs import RunError, write_json, write_text
 
@@ -50,8 +50,8 @@ def read_base(cell: Cell, root: Path) -> Base | None:
     return Base(found["metrics"], found["primary"], found["manifest"])
 
 
-def evaluate_base(cell: Cell, root: Path, setup: Setup = None) -> Base:
-    """Evaluate the base model on the cell's split and write base-SPLIT.json.
+def evaluate_base(cell: Cell, root: Path, setup: Setup = None, apart: bool = True) -> Base:
+    """Evaluate the base model on the cell's split, and write base-SPLIT.json; see `run_cell`.
 
     Raises:
         RunError: the model or its data cannot be used; the text is that of the error.
@@ -59,7 +59,8 @@ def evaluate_base(cell: Cell, root: Path, setup: Setup = None) -> Base:
     output = root / f"base-{cell.split}.txt"
     config = root / f"base-{cell.split}.yaml"
     write_text(config, to_yaml(cell.config))
-    ended = call_apart(_evaluate, (config, cell.split), output, setup)
+    call = call_apart if apart else call_here
+    ended = call(_evaluate, (config, cell.split), output, setup)
     if ended.error is not None:
         with output.open("a", encoding="utf-8") as file:
             file.write(ended.traceback)

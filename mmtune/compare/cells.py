@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.compare.config import Cell
-from mmtune.compare.process import call_apart
+from mmtune.compare.process import call_apart, call_here
 from mmtune.config import load_config, to_yaml
 from mmtune.runs import RunFolder, write_json, write_text
 
@@ -82,6 +82,7 @@ def run_cell(
     setup: Setup = None,
     watch: Callable[[], None] = lambda: None,
     again: bool = False,
+    apart: bool = True,
 ) -> Outcome:
     """Train a cell, going on from its newest checkpoint where it has one.
 
@@ -92,13 +93,15 @@ def run_cell(
         setup: called first in the cell's process.
         watch: called about twice a second.
         again: start afresh, whatever is there.
+        apart: in a process of its own.
     """
     folder = RunFolder(root / cell.folder)
     if again or state(cell, root).kind in ("absent", "changed"):
         shutil.rmtree(folder.path, ignore_errors=True)
     folder.start(to_yaml(cell.config), resume=True)
     (folder.path / ERROR).unlink(missing_ok=True)
-    ended = call_apart(
+    call = call_apart if apart else call_here
+    ended = call(
         train_cell,
         (folder.path, cell.split, before),
         folder.path / OUTPUT,

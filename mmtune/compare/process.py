@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -66,6 +67,31 @@ def call_apart(
         process.join()
 
 
+def call_here(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    output: Path,
+    setup: Callable[[], None] | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> Ended:
+    """As `call_apart`, in this process: quicker to start, but what kills the call kills all."""
+    watch()
+    with output.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        return _ended(function, arguments, setup)
+
+
+def _ended(
+    function: Callable[..., Any], arguments: tuple[Any, ...], setup: Callable[[], None] | None
+) -> Ended:
+    try:
+        if setup is not None:
+            setup()
+        return Ended(function(*arguments))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        return Ended(error=text, traceback=traceback.format_exc())
+
+
 def _context() -> Any:
     import torch
 
@@ -90,12 +116,10 @@ def _child(
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     try:
-        if setup is not None:
-            setup()
-        ended = Ended(function(*arguments))
+        ended = _ended(function, arguments, setup)
     except KeyboardInterrupt:
         os._exit(130)  # the parent was told by the same key and says so
-    except BaseException as error:
+    except BaseException as error:  # such as SystemExit
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
         ended = Ended(error=text, traceback=traceback.format_exc())
     sending.send(ended)

@@ -33,12 +33,14 @@ class Grid:
         tell: receives one line for each thing that was done.
         setup: called first in every process; register tasks, methods or backbones of your own.
         overwrite: train every cell again.
+        apart: each cell in a process of its own, which no other cell can harm.
     """
 
     root: Path
     tell: Tell
     setup: Setup = None
     overwrite: bool = False
+    apart: bool = True
 
 
 def compare(
@@ -47,6 +49,7 @@ def compare(
     tell: Tell = lambda text: None,
     setup: Setup = None,
     overwrite: bool = False,
+    apart: bool = True,
 ) -> Table:
     """Train every method with every seed, and write compare.html, compare.md and results.jsonl.
 
@@ -58,13 +61,15 @@ def compare(
         tell: receives one line for each thing that was done.
         setup: called first in every process; register tasks, methods or backbones of your own.
         overwrite: train every cell again.
+        apart: each cell in a process of its own. In this process they start faster; one that is
+            killed ends them all, and on a CPU the peak memory is that of the largest so far.
 
     Raises:
         RunError: the folder holds something else, or the base model cannot be evaluated.
     """
     from mmtune.compare.page import write_page
 
-    grid = Grid(_claimed(config, runs), tell, setup, overwrite)
+    grid = Grid(_claimed(config, runs), tell, setup, overwrite, apart)
     wanted = cells(config)
     base = _base(grid, wanted)
     _check_metrics(config.metrics, base)
@@ -86,6 +91,7 @@ def search(
     tell: Tell = lambda text: None,
     setup: Setup = None,
     overwrite: bool = False,
+    apart: bool = True,
 ) -> list[Choice]:
     """Try every rate of `search.lr` for every method on the val split; see `compare`.
 
@@ -94,7 +100,7 @@ def search(
         RunError: as `compare`.
     """
     wanted = search_cells(config)
-    grid = Grid(_claimed(config, runs), tell, setup, overwrite)
+    grid = Grid(_claimed(config, runs), tell, setup, overwrite, apart)
     base = _base(grid, wanted)
     assert config.search is not None
     _check_metrics([config.search.metric] if config.search.metric else [], base)
@@ -123,7 +129,7 @@ def _base(grid: Grid, wanted: Sequence[Cell]) -> Base:
     found = read_base(wanted[0], grid.root) if finished and not grid.overwrite else None
     if found is None:
         grid.tell(f"evaluating the base model on {wanted[0].split}")
-        found = evaluate_base(wanted[0], grid.root, grid.setup)
+        found = evaluate_base(wanted[0], grid.root, grid.setup, grid.apart)
     return found
 
 
@@ -159,7 +165,15 @@ def _run(
                 bar.set_postfix_str(f"{name}, step {steps_done(cell, grid.root)}")
 
             at = time.monotonic()
-            now = run_cell(cell, grid.root, base.evaluation, grid.setup, watch, grid.overwrite)  # type: ignore[arg-type]
+            now = run_cell(
+                cell,
+                grid.root,
+                base.evaluation,  # type: ignore[arg-type]
+                grid.setup,
+                watch,
+                grid.overwrite,
+                grid.apart,
+            )
             found[cell.folder] = now
             bar.update()
             left = (time.monotonic() - begun) / number * (len(todo) - number)

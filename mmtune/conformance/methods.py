@@ -6,13 +6,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mmtune.conformance.backbones import BACKBONES, CROSS, Tower
+from mmtune.conformance.backbones import BACKBONES, CROSS
+from mmtune.conformance.counts import (
+    Towers,
+    adapter_count,
+    aurora_count,
+    aurora_per_layer_count,
+    bias_count,
+    fused_count,
+    fusion_count,
+    low_rank_count,
+    mlp_adapter_count,
+    prefix_count,
+    triplet_count,
+    unipelt_count,
+    virtual_token_count,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-Towers = Mapping[str, Tower]
 PAIRWISE = ("open_clip", "open_clip-fused", "open_clip-timm", "clip", "siglip")
+FUSED = ("blip-retrieval", "blip-vqa", "blip-caption", "blip2-opt", "blip2-t5")
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class MethodCase:
         settings: values of its options.
         count: towers of a backbone -> trainable parameters.
         merges: whether it folds into the stock weights.
+        unmerged: backbones on which it does not, although it does elsewhere.
         starts_at_base: whether a fresh adapter changes nothing, bit for bit.
         base: what is done to the stock model, in place, to get the base that is adapted.
         stored: towers of a backbone -> numbers in its file beside the trained ones.
@@ -37,6 +53,7 @@ class MethodCase:
     settings: Mapping[str, Any]
     count: Callable[[Towers], int]
     merges: bool = True
+    unmerged: tuple[str, ...] = ()
     starts_at_base: bool = True
     base: Callable[[nn.Module], Any] = lambda model: model
     stored: Callable[[Towers], int] = lambda _: 0
@@ -44,68 +61,9 @@ class MethodCase:
     refused: Mapping[str, str] = field(default_factory=dict)
     backbones: tuple[str, ...] = field(default_factory=lambda: tuple(BACKBONES))
 
-
-def aurora_count(towers: Towers, rank: int, sites: Any, core: int, ranks: Any = None) -> int:
-    """R (d_in + d_out) + core for each block shape, and a mode vector for each block."""
-    shapes, modes = set(), 0
-    for branch, tower in towers.items():
-        r, d = (ranks or {}).get(branch, rank), tower.width
-        for role, (out, into) in tower.linears().items():
-            if role in (sites.get(branch, ()) if isinstance(sites, dict) else sites):
-                rows = out // d if role == "fc1" and out % d == 0 else 1
-                columns = into // d if role == "fc2" and into % d == 0 else 1
-                shapes.add((out // rows, into // columns))
-                modes += tower.layers * rows * columns * r
-    return sum(rank * (out + into) + core for out, into in shapes) + modes
-
-
-def adapter_count(towers: Towers, m: int, ends: tuple[str, ...], above: int = 0) -> int:
-    """2 d m + m + d for each sublayer that ends in one of `ends`, above the first layers."""
-    return sum(
-        sublayers(tower, ends, above) * (2 * tower.width * m + m + tower.width)
-        for tower in towers.values()
-    )
-
-
-def sublayers(tower: Tower, ends: tuple[str, ...], above: int = 0) -> int:
-    """How many end in one of these roles; the layers that T5 crosses are its last."""
-    layers = tower.layers - above
-    crossed = min(tower.crossed, layers) if "cross_out" in ends else 0
-    return layers * len(set(ends) & set(tower.roles)) + crossed
-
-
-def fusion_count(towers: Towers, ends: tuple[str, ...]) -> int:
-    """3 d^2 + 2 d for each sublayer."""
-    return sum(
-        sublayers(tower, ends) * (3 * tower.width**2 + 2 * tower.width) for tower in towers.values()
-    )
-
-
-def bias_count(towers: Towers, sites: Any, norms: bool = True) -> int:
-    """The outputs of the chosen Linears with biases, and the LayerNorms' width."""
-    linears = sum(
-        tower.layers * out
-        for tower in towers.values()
-        for role, (out, _) in tower.linears().items()
-        if tower.biases and role in sites
-    )
-    return linears + (sum(t.norms * t.width for t in towers.values()) if norms else 0)
-
-
-def low_rank_count(towers: Towers, rank: int, sites: Any) -> int:
-    """R (d_in + d_out) for each adapted weight."""
-    return sum(
-        tower.layers * rank * (out + into)
-        for tower in towers.values()
-        for role, (out, into) in tower.linears().items()
-        if role in sites
-    )
-
-
-def triplet_count(towers: Towers, rank: int, sites: Any) -> int:
-    """R (d_in + d_out) + R for each adapted weight."""
-    weights = sum(t.layers for t in towers.values() for role in t.linears() if role in sites)
-    return low_rank_count(towers, rank, sites) + rank * weights
+    def merges_on(self, backbone: str) -> bool:
+        """Whether it folds into the stock weights of this backbone."""
+        return self.merges and backbone not in self.unmerged
 
 
 def quantised(model: nn.Module, compute_dtype: str) -> None:
@@ -115,51 +73,70 @@ def quantised(model: nn.Module, compute_dtype: str) -> None:
     quantise(model, compute_dtype=compute_dtype)
 
 
-def prefix_count(towers: Towers, p: int, m: int | None = None) -> int:
-    """Flat 2 L p d; with a perceptron of bottleneck m: p d + (d m + m) + (2 L d m + 2 L d)."""
-    total = 0
-    for tower in towers.values():
-        n, d = 2 * sum(tower.attentions()), tower.width
-        total += p * n if m is None else p * d + (d * m + m) + (n * m + n)
-    return total
-
-
 ENDS = ("out", "cross_out", "fc2")
-
-
-def virtual_token_count(towers: Towers, p: int, encoder: Callable[[int], int] = lambda _: 0) -> int:
-    """P d and an encoder for each branch with tokens of its own; cross-attention alone has none."""
-    widths = [tower.width for tower in towers.values() if "q" in tower.roles]
-    return sum(p * d + encoder(d) for d in widths)
-
-
-def mlp_adapter_count(towers: Towers, m: int, extra: int = 0) -> int:
-    """2 d m + m + d (+ extra d + extra) for each MLP."""
-    return sum(
-        tower.layers * (2 * tower.width * m + m + tower.width + extra * (tower.width + 1))
-        for tower in towers.values()
-        if "fc2" in tower.roles
-    )
-
-
-def unipelt_count(towers: Towers, p: int, m: int, r: int) -> int:
-    """Flat prefix, LoRA on q and v, adapter; two gates an attention and one an MLP; no decoder."""
-    towers = {branch: tower for branch, tower in towers.items() if branch != "language"}
-    low_rank = low_rank_count(towers, r, ["q", "v", "cross_q", "cross_v"])
-    gates = sum(2 * len(t.attentions()) * (t.width + 1) for t in towers.values())
-    return prefix_count(towers, p) + low_rank + gates + mlp_adapter_count(towers, m, extra=1)
-
-
 EVERY = ["q", "k", "v", "out", "fc1", "fc2"]
 METHODS: dict[str, MethodCase] = {
-    "aurora": MethodCase("aurora", {"rank": 4}, lambda t: aurora_count(t, 4, EVERY[:4], 4)),
+    "aurora": MethodCase(
+        "aurora",
+        {"rank": 4},
+        lambda t: aurora_count(t, 4, EVERY[:4], 4) + fused_count(t, 3, 1),
+        unmerged=FUSED,
+    ),
+    "aurora-gate-reference": MethodCase(
+        "aurora",
+        {"rank": 4, "gate": "reference", "context": "off", "sites": [*EVERY[:4], *CROSS]},
+        lambda t: aurora_count(t, 4, (*EVERY[:4], *CROSS), 4) + fused_count(t, 4),
+        merges=False,
+        starts_at_base=False,
+        backbones=("blip-retrieval", "blip-caption", "blip2-opt"),
+    ),
+    "aurora-gate-tanh": MethodCase(
+        "aurora",
+        {"rank": 4, "gate": "tanh"},
+        lambda t: 0,
+        refused=dict.fromkeys(
+            (*PAIRWISE, "llava"), "no layer whose cross-attention reads another branch"
+        ),
+        backbones=(*PAIRWISE, "llava"),
+    ),
+    "aurora-context-tokens": MethodCase(
+        "aurora",
+        {"rank": 4, "context": "tokens"},
+        lambda t: 0,
+        refused=dict.fromkeys(
+            ("clip", "blip-caption", "blip2-opt", "blip2-t5"),
+            "no layer in which words that all see one another read an image",
+        ),
+        backbones=("clip", "blip-caption", "blip2-opt", "blip2-t5"),
+    ),
+    "aurora-context-batch": MethodCase(
+        "aurora",
+        {"rank": 4, "context": "batch"},
+        lambda t: 0,
+        refused={"blip-vqa": "acts before the match head; this blip has none"},
+        backbones=("blip-vqa",),
+    ),
     "aurora-mlp": MethodCase(
-        "aurora", {"rank": 4, "sites": EVERY}, lambda t: aurora_count(t, 4, EVERY, 4)
+        "aurora",
+        {"rank": 4, "sites": EVERY, "gate": "off", "context": "off"},
+        lambda t: aurora_count(t, 4, EVERY, 4),
     ),
     "aurora-materialise": MethodCase(
         "aurora",
-        {"rank": 4, "sites": EVERY, "compute": "materialise"},
+        {
+            "rank": 4,
+            "sites": EVERY,
+            "compute": "materialise",
+            "gate": "off",
+            "context": "off",
+        },
         lambda t: aurora_count(t, 4, EVERY, 4),
+    ),
+    "aurora-per-layer": MethodCase(
+        "aurora",
+        {"rank": 4, "sharing": "layer"},
+        lambda t: aurora_per_layer_count(t, 4, EVERY[:4], 4),
+        backbones=("clip",),
     ),
     "aurora-dense-per-branch-rank": MethodCase(
         "aurora",

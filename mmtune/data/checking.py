@@ -8,13 +8,26 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from mmtune.data.images import load_image
 from mmtune.data.options import DataOptions, OnError
 from mmtune.data.readers import read, source_files
-from mmtune.data.records import LISTED, DataError, ImageProblem, Problem, Record, counted
+from mmtune.data.records import (
+    LISTED,
+    DataError,
+    ImageProblem,
+    MediaRef,
+    Problem,
+    Question,
+    Record,
+    VideoFile,
+    counted,
+)
 
 log = logging.getLogger(__name__)
+Item = Record | Question
+GIVES = {Record: "captions", Question: "questions"}
 ADVICE = "Mend them, or set data.on_error: skip to leave bad records (not whole files) out."
 
 
@@ -23,18 +36,18 @@ class Checked:
     """Records that can be used, and what was left out.
 
     Attributes:
-        records: in the order of the source.
+        records: captioned images, or questions, in the order of the source.
         skipped: number of records left out, by reason.
         files: the files that were read (not the images), for the run's manifest.
     """
 
-    records: list[Record]
+    records: list[Any]
     skipped: dict[str, int] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
 
 
 def check(
-    items: Iterable[Record | Problem],
+    items: Iterable[Item | Problem],
     on_error: OnError = "raise",
     progress: bool = True,
     name: str = "",
@@ -54,17 +67,31 @@ def check(
     return _settle({name: (records, problems)}, on_error)[name]
 
 
-def load_data(options: DataOptions, progress: bool = True) -> dict[str, Checked]:
+def load_data(
+    options: DataOptions, progress: bool = True, kind: type[Item] = Record, videos: bool = False
+) -> dict[str, Checked]:
     """Read and check every source of a run; problems of all of them are raised together.
+
+    Args:
+        options: the sources.
+        progress: draw a progress bar.
+        kind: what the task needs, `Record` or `Question`.
+        videos: whether they may be about videos.
 
     Returns:
         role (train, val, test) -> its records, for the roles that are set.
+
+    Raises:
+        DataError: bad records with on_error: raise, no usable record, or a source of another kind
+            than the task needs.
     """
     sources = {r: getattr(options, r) for r in ("train", "val", "test") if getattr(options, r)}
-    found: dict[str, tuple[list[Record], list[Problem]]] = {}
+    found: dict[str, tuple[list[Item], list[Problem]]] = {}
     for role, source in sources.items():
         try:
-            found[role] = verify(read(source, role), progress, role)
+            every = list(read(source, role))
+            _require_kind(every, kind, videos, f"data.{role} ({source.format})")
+            found[role] = verify(every, progress, role)
         except DataError as error:
             found[role] = ([], error.problems)
             if options.on_error == "skip":
@@ -76,36 +103,72 @@ def load_data(options: DataOptions, progress: bool = True) -> dict[str, Checked]
     }
 
 
+def _require_kind(
+    items: Iterable[Item | Problem], kind: type[Item], videos: bool, where: str
+) -> None:
+    for item in items:
+        if isinstance(item, Problem):
+            continue
+        wrong = None
+        if not isinstance(item, kind):
+            wrong = f"it gives {GIVES[type(item)]}, the task needs {GIVES[kind]}"
+        elif isinstance(item.image, VideoFile) and not videos:
+            wrong = "it gives videos, the task needs images"
+        if wrong:
+            raise DataError([Problem(where, "not what the task needs", wrong)])
+
+
 def verify(
-    items: Iterable[Record | Problem], progress: bool = True, name: str = ""
-) -> tuple[list[Record], list[Problem]]:
-    """(records whose image decodes, problems), both in the order of the source."""
+    items: Iterable[Item | Problem], progress: bool = True, name: str = ""
+) -> tuple[list[Item], list[Problem]]:
+    """(records whose image decodes, problems), both in the order of the source.
+
+    An image that several records share is decoded once.
+    """
     from tqdm.auto import tqdm
 
     every = list(items)
     label = f"checking {name}".strip()
+    media = list({_key(i.image): i.image for i in every if not isinstance(i, Problem)}.values())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        verdicts = list(
-            tqdm(pool.map(_verdict, every), label, len(every), unit="image", disable=not progress)
-        )
-    good = [r for r in verdicts if isinstance(r, Record)]
+        wrong = tqdm(pool.map(_fault, media), label, len(media), unit="image", disable=not progress)
+        faults = dict(zip(map(_key, media), wrong, strict=True))
+    verdicts = [_verdict(item, faults) for item in every]
+    good = [r for r in verdicts if not isinstance(r, Problem)]
     return good, [p for p in verdicts if isinstance(p, Problem)]
 
 
-def _verdict(item: Record | Problem) -> Record | Problem:
+def _key(ref: MediaRef) -> Any:
+    """What is the same for the same image; a dataset's cell compares without its dataset."""
+    dataset = getattr(ref, "dataset", None)
+    return ref if dataset is None else (id(dataset), ref)
+
+
+def _fault(ref: MediaRef) -> ImageProblem | None:
+    """What is wrong with an image or video, if anything is."""
+    try:
+        if isinstance(ref, VideoFile):
+            from mmtune.data.video import check_video
+
+            check_video(ref)
+        else:
+            load_image(ref)
+    except ImageProblem as error:
+        return error
+    return None
+
+
+def _verdict(item: Item | Problem, faults: Mapping[Any, ImageProblem | None]) -> Item | Problem:
     if isinstance(item, Problem):
         return item
-    if not item.captions:
+    if isinstance(item, Record) and not item.captions:
         return Problem(item.where, "record without caption")
-    try:
-        load_image(item.image)
-    except ImageProblem as error:
-        return Problem(item.where, error.reason, error.text)
-    return item
+    fault = faults[_key(item.image)]
+    return item if fault is None else Problem(item.where, fault.reason, fault.text)
 
 
 def _settle(
-    found: Mapping[str, tuple[Sequence[Record], Sequence[Problem]]], on_error: OnError
+    found: Mapping[str, tuple[Sequence[Item], Sequence[Problem]]], on_error: OnError
 ) -> dict[str, Checked]:
     """Raise all problems at once, or log and count those that are skipped."""
     problems = [p for _, own in found.values() for p in own]

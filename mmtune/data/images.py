@@ -6,13 +6,13 @@ import io
 import struct
 from typing import TYPE_CHECKING
 
-from mmtune.data.records import ImageProblem, ImageRef
+from mmtune.data.records import ImageProblem, MediaRef, VideoFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def load_image(ref: ImageRef) -> Image:
+def load_image(ref: MediaRef) -> Image:
     """Decode an image to RGB.
 
     The EXIF orientation is applied; palettes are resolved; transparent pixels are composited on
@@ -23,6 +23,8 @@ def load_image(ref: ImageRef) -> Image:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if isinstance(ref, VideoFile):
+        raise ImageProblem("video, not an image", ref.name)
     data = ref.read()
     if not data:
         raise ImageProblem("zero-size image", "the file is empty")

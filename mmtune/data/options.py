@@ -8,7 +8,20 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 Format = Literal[
-    "zoo", "karpathy", "blip", "flickr30k", "folder", "parquet", "webdataset", "datasets"
+    "zoo",
+    "karpathy",
+    "blip",
+    "flickr30k",
+    "folder",
+    "parquet",
+    "webdataset",
+    "datasets",
+    "vqav2",
+    "blip_vqa",
+    "msrvtt",
+    "didemo",
+    "video_qa",
+    "synthetic",
 ]
 OnError = Literal["raise", "skip"]
 
@@ -20,11 +33,13 @@ class SourceOptions:
     Attributes:
         format: name of the reader; `mmtune.data.readers` has a file for each.
         path: file, folder, shard pattern or `datasets` repository (not used by zoo).
-        images: folder that image paths are relative to and may not leave; None means the folder of
-            the file that names them.
+        images: folder that image (or video) paths are relative to and may not leave; None means the
+            folder of the file that names them.
+        answers: file of the answers, where they stand apart from the questions (vqav2).
         split: which part of the source; None means the one that fits the role (train, val, test)
             where the format has splits, and everything where it has none.
-        name: name of the shipped data set (zoo only), or of the `datasets` configuration.
+        name: name of the shipped data set (zoo only), or of the `datasets` configuration; what is
+            made up (synthetic only).
         limit: read only the first records.
         restval: Karpathy splits only: images of "restval" belong to "train".
     """
@@ -32,6 +47,7 @@ class SourceOptions:
     format: Format
     path: str | None = None
     images: str | None = None
+    answers: str | None = None
     split: str | None = None
     name: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -43,7 +59,7 @@ class SourceOptions:
             raise ValueError(f"no data format {self.format!r}; there are {known}")
         if self.format == "zoo" and not self.name:
             raise ValueError("format: zoo needs `name`, such as name: clipart-animals")
-        if self.format != "zoo" and not self.path:
+        if self.format not in ("zoo", "synthetic") and not self.path:
             raise ValueError(f"format: {self.format} needs `path`")
 
 

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from torch.utils.data import Dataset
 
-from mmtune.data.images import load_image
-from mmtune.data.records import DataError, Problem, Record
+from mmtune.data.records import DataError, MediaRef, Problem, Record
 from mmtune.data.texts import normalised
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 Captions = Literal["sampled", "all"]
@@ -25,7 +23,7 @@ class Pair:
     """One training pair.
 
     Attributes:
-        pixels: [3, s, s].
+        pixels: [3, s, s], or [f, 3, s, s] of a video.
         caption: the text.
         image: number of the image in the data set.
         text: number of the normalised text in the data set; equal texts share it.
@@ -51,7 +49,7 @@ class PairDataset(Dataset):
 
     Args:
         records: images with captions.
-        transform: (image, epoch, index) -> [3, s, s].
+        load: (image or video, epoch, index) -> model input, [3, s, s] or [f, 3, s, s].
         captions: "sampled": one pair per image and epoch; an image's captions take turns, starting
             at a random one. "all": every caption is a pair of its own.
         seed: decides where the turns start.
@@ -60,11 +58,11 @@ class PairDataset(Dataset):
     def __init__(
         self,
         records: Sequence[Record],
-        transform: Callable[[Image, int, int], Tensor],
+        load: Callable[[MediaRef, int, int], Tensor],
         captions: Captions = "sampled",
         seed: int = 0,
     ) -> None:
-        self.records, self.transform, self.seed = records, transform, seed
+        self.records, self.load, self.seed = records, load, seed
         self.epoch = 0
         self.texts: dict[str, int] = {}
         for record in records:
@@ -92,5 +90,5 @@ class PairDataset(Dataset):
     def __getitem__(self, index: int) -> Pair:
         image = self.index[index][0]
         caption = self.caption(index)
-        pixels = self.transform(load_image(self.records[image].image), self.epoch, index)
+        pixels = self.load(self.records[image].image, self.epoch, index)
         return Pair(pixels, caption, image, self.texts[normalised(caption)])

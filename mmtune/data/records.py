@@ -1,4 +1,4 @@
-"""The one schema inside: a record is an image reference with its captions."""
+"""The one schema inside: an image or video with its captions, or with a question about it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def counted(problems: Sequence[Problem]) -> str:
 
 
 class ImageProblem(ValueError):
-    """An image that cannot be used: the reason (same text for all of a kind) and what exactly."""
+    """An image or video that cannot be used: the reason (same text for all of a kind), and what."""
 
     def __init__(self, reason: str, text: str = "") -> None:
         self.reason, self.text = reason, text
@@ -69,24 +69,33 @@ class ImageFile:
 
     def read(self) -> bytes:
         """The file's bytes. Raises ImageProblem: missing, unreadable, or outside the root."""
-        try:
-            root = os.path.realpath(self.root)
-            path = os.path.realpath(os.path.join(root, self.name))
-            inside = bool(self.name) and os.path.commonpath([root, path]) == root
-        except ValueError as error:
-            raise ImageProblem("missing image", f"{self.name!r}: {error}") from None
-        if not inside:
-            raise ImageProblem(
-                "image outside root",
-                f"{self.name!r} leads (directly or by a symbolic link) out of {root}. Set `images` "
-                "to the folder that holds the images.",
-            )
-        if not os.path.isfile(path):
-            raise ImageProblem("missing image", f"no file {self.name!r} in {root}")
+        path = _inside(self.root, self.name, "image")
         try:
             return Path(path).read_bytes()
         except OSError as error:
             raise ImageProblem("unreadable image", f"{self.name!r}: {error}") from None
+
+
+def _inside(root: str, name: str, what: str, folder: bool = False) -> str:
+    """The real path of the file `name` below `root`, both followed through symbolic links.
+
+    With `folder`, it may be a folder.
+    """
+    try:
+        root = os.path.realpath(root)
+        path = os.path.realpath(os.path.join(root, name))
+        inside = bool(name) and os.path.commonpath([root, path]) == root
+    except ValueError as error:
+        raise ImageProblem(f"missing {what}", f"{name!r}: {error}") from None
+    if not inside:
+        raise ImageProblem(
+            f"{what} outside root",
+            f"{name!r} leads (directly or by a symbolic link) out of {root}. Set `images` to the "
+            f"folder that holds the {what}s.",
+        )
+    if not os.path.isfile(path) and not (folder and os.path.isdir(path)):
+        raise ImageProblem(f"missing {what}", f"no file {name!r} in {root}")
+    return path
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,21 @@ class DatasetCell:
 ImageRef = ImageFile | ImageBytes | TarMember | DatasetCell
 
 
+@dataclass(frozen=True)
+class VideoFile:
+    """A video in a file, or a folder of its frames, below `root`; `name` may not lead out of it."""
+
+    root: str
+    name: str
+
+    def path(self) -> str:
+        """The file or folder. Raises ImageProblem: missing, or outside the root."""
+        return _inside(self.root, self.name, "video", folder=True)
+
+
+MediaRef = ImageRef | VideoFile
+
+
 def image_of(cell: Any, root: str | None) -> ImageFile | ImageBytes:
     """What an image cell of a table holds: bytes, a path, or {bytes, path}.
 
@@ -160,18 +184,40 @@ def image_of(cell: Any, root: str | None) -> ImageFile | ImageBytes:
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its captions.
+    """One image or video with its captions.
 
     Attributes:
-        image: where the encoded image is; `read()` gives its bytes.
+        image: where the encoded image is, whose `read()` gives its bytes; or the video.
         captions: at least one, stripped, none empty.
         id: what the source calls it.
         where: file and record, or line, for messages.
         fields: everything else that the source says about it.
     """
 
-    image: ImageRef
+    image: MediaRef
     captions: tuple[str, ...]
+    id: str
+    where: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about an image or video.
+
+    Attributes:
+        image: as in `Record`.
+        question: stripped, not empty.
+        answers: as the annotators gave them, one each, repeats kept (VQAv2: ten); stripped, none
+            empty. Empty where the source has none to give (a hidden test split).
+        id: what the source calls the question.
+        where: file and record, or line, for messages.
+        fields: everything else that the source says about it.
+    """
+
+    image: MediaRef
+    question: str
+    answers: tuple[str, ...]
     id: str
     where: str
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -190,3 +236,15 @@ def captions_of(value: Any, where: str) -> tuple[str, ...] | Problem:
         )
     captions = tuple(c.strip() for c in items if c.strip())
     return captions or Problem(where, "record without caption")
+
+
+def answers_of(value: Any, where: str, field: str) -> tuple[str, ...] | Problem:
+    """An answer, or a list of answers, as a tuple; what is wrong with `field` otherwise."""
+    items = [value] if isinstance(value, str) else value
+    if items is None:
+        return Problem(where, "question without answers", f"it has no field {field!r}")
+    if not isinstance(items, list | tuple) or not all(isinstance(a, str) for a in items):
+        expected = f"{field} is {str(value)[:60]!r}, expected a text or a list of texts"
+        return Problem(where, "malformed record", expected)
+    answers = tuple(a.strip() for a in items if a.strip())
+    return answers or Problem(where, "question without answers", f"{field} is empty")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mmtune.report.numbers import facts, interval, rows, sign, with_interval
-from mmtune.report.pictures import Pictures
+from mmtune.report.pictures import Pictures, is_wide
 from mmtune.report.plots import training_curves
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def _item(item: GalleryItem, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def _cell(cell: Shown, pictures: Pictures) -> dict[str, str]:
+def _cell(cell: Shown, pictures: Pictures) -> dict[str, Any]:
     frame = {None: "", True: "right", False: "wrong"}[cell.correct]
     uri = pictures.uri(cell.image) if cell.image is not None else ""
-    return {"uri": uri, "text": cell.text, "frame": frame}
+    wide = cell.image is not None and is_wide(cell.image)
+    return {"uri": uri, "text": cell.text, "frame": frame, "wide": wide}

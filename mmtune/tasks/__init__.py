@@ -10,6 +10,20 @@ if TYPE_CHECKING:
 
 def tasks() -> dict[str, type[Task]]:
     """Every task class by name."""
+    from mmtune.tasks.blip_retrieval import BlipRetrievalTask
+    from mmtune.tasks.captioning import CaptioningTask
     from mmtune.tasks.retrieval import RetrievalTask
+    from mmtune.tasks.video_qa import VideoQaTask
+    from mmtune.tasks.video_retrieval import BlipVideoRetrievalTask, VideoRetrievalTask
+    from mmtune.tasks.vqa import VqaTask
 
-    return {cls.name: cls for cls in (RetrievalTask,)}
+    found: tuple[type[Task], ...] = (
+        RetrievalTask,
+        BlipRetrievalTask,
+        VqaTask,
+        CaptioningTask,
+        VideoRetrievalTask,
+        BlipVideoRetrievalTask,
+        VideoQaTask,
+    )
+    return {cls.name: cls for cls in found}

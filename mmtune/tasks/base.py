@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
-    from mmtune.backbones.base import Loaded
+    from mmtune.backbones.base import Backbone, Loaded
+    from mmtune.tuners.hooks import TrainingHooks
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class GalleryItem:
     after: list[Shown]
 
 
-class Task(Protocol):
-    """One objective. Built from its options and a loaded model; holds its data.
+class Task(ABC):
+    """One objective. Built as cls(options, data, loaded, seed); holds its data.
 
     `options` is a dataclass type: its fields are the keys below `task:` in a run config.
     """
@@ -73,37 +77,100 @@ class Task(Protocol):
     options: ClassVar[type]
     train_dataset: Dataset
 
+    @abstractmethod
     def __init__(self, options: Any, data: Any, loaded: Loaded, seed: int) -> None: ...
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int) -> None:  # noqa: B027 (nothing to do is a good answer)
         """Tell augmentation which epoch it is: a sample depends on (seed, epoch, index) only."""
 
+    @abstractmethod
     def collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         """Samples -> one batch on the CPU."""
-        ...
 
-    def before_training(self, model: nn.Module) -> None:
+    @classmethod
+    def heads(cls, options: Any, backbone: Backbone) -> list[str]:
+        """Paths of modules of the stock model that are trained whole, and kept with the adapter.
+
+        PEFT trains copies of them (`modules_to_save`); the stock ones stay as they are.
+        """
+        return []
+
+    @classmethod
+    def reads(cls, options: Any, split: str) -> tuple[str, ...]:
+        """The roles (train, val, test) whose data an evaluation of `split` needs."""
+        return (split,)
+
+    def before_training(self, model: nn.Module) -> None:  # noqa: B027
         """Choose what else trains (a temperature); after PEFT, before the optimiser."""
-        ...
 
+    def hooks(self, model: nn.Module, total_steps: int) -> TrainingHooks:
+        """What happens around the optimiser's steps: a momentum encoder, a queue, a schedule.
+
+        Called once before training, on each process; checkpoints hold the state of the first
+        process's hooks, from which all of them resume.
+        """
+        from mmtune.tuners.hooks import TrainingHooks
+
+        return TrainingHooks()
+
+    @abstractmethod
     def loss(
         self, model: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
         """The scalar to minimise for this process's batch, and numbers worth logging."""
-        ...
 
+    @abstractmethod
     def evaluate(self, model: nn.Module, split: str = "test", progress: bool = True) -> Evaluation:
         """Evaluate `model` (possibly wrapped) on a split, in eval mode; restores its mode after."""
-        ...
 
+    @abstractmethod
     def compare(self, before: Evaluation, after: Evaluation) -> dict[str, Metric]:
         """Paired difference after - before, per metric, with intervals over the same queries."""
-        ...
 
+    @abstractmethod
     def gallery(self, before: Evaluation, after: Evaluation, limit: int = 12) -> list[GalleryItem]:
         """Queries whose results changed, gains and losses both, most changed first."""
-        ...
 
 
-TaskFactory = Callable[..., Task]
-__all__ = ["Evaluation", "GalleryItem", "Metric", "Path", "Shown", "Task", "TaskFactory"]
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`items` in order, `size` at a time; the last may be shorter."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of a model are."""
+    return next(model.parameters()).device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter: that of a stock model's inputs."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; after it every module has the mode that it had."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def require_same_split(before: Evaluation, after: Evaluation) -> None:
+    """ValueError where two evaluations are not of one split, made in this process."""
+    one, two = before.details.get("split"), after.details.get("split")
+    if one is None or one != two:
+        raise ValueError(
+            f"expected two evaluations of one split, made in this process; got {one}, {two}"
+        )
+
+
+def first_process() -> bool:
+    """Whether this process writes files and prints (rank 0, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmtune.data.images import load_image
+from mmtune.data.records import VideoFile
 from mmtune.tasks.base import GalleryItem, Shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mmtune.metrics.recall import QueryRanks, RetrievalRanks
-    from mmtune.tasks.retrieval import Gallery
+    from mmtune.tasks.pairs import Gallery
 
 SHOWN = 3  # answers per query
 THUMBNAIL = 160  # pixels, longest side
@@ -88,7 +89,8 @@ def _item(
     old: QueryRanks = getattr(before, change.direction)
     new: QueryRanks = getattr(after, change.direction)
     q = change.query
-    what = "text to image" if change.direction == "txt2img" else "image to text"
+    media = "video" if isinstance(split.records[0].image, VideoFile) else "image"
+    what = f"text to {media}" if change.direction == "txt2img" else f"{media} to text"
     title = f"{what}: rank {old.ranks()[q]:g} → {new.ranks()[q]:g}"
     if change.direction == "txt2img":
         query = Shown(text=split.captions[q])
@@ -111,6 +113,11 @@ def _texts(split: Gallery, answers: np.ndarray, right: list[int]) -> list[Shown]
 
 
 def _thumbnail(split: Gallery, image: int) -> Image:
-    picture = load_image(split.records[image].image)
+    ref = split.records[image].image
+    if isinstance(ref, VideoFile):
+        from mmtune.data.video import film_strip
+
+        return film_strip(ref)
+    picture = load_image(ref)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return picture

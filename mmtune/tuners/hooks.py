@@ -1,4 +1,4 @@
-"""What a method does around the steps of a training run, beside having parameters."""
+"""What a method or a task does around the steps of a training run, beside its loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class TrainingHooks:
-    """Called by `mmtune.training.train`; a method overrides what it needs.
+    """Called by `mmtune.training.train`; a method or a task overrides what it needs.
 
     Steps are optimiser steps, counted from 1. What a hook draws at random must follow from the
     run's seed and the step alone, and what it remembers must be in its state: a run that is killed
@@ -39,3 +39,45 @@ class TrainingHooks:
 
     def finish(self) -> None:
         """After the last step, on the weights that the run ends with."""
+
+
+class JoinedHooks(TrainingHooks):
+    """Several hooks as one, called in order.
+
+    Args:
+        parts: name -> hooks; the name begins the keys of their state.
+    """
+
+    def __init__(self, parts: Mapping[str, TrainingHooks]) -> None:
+        self.parts = dict(parts)
+
+    def before_step(self, step: int) -> None:
+        for hooks in self.parts.values():
+            hooks.before_step(step)
+
+    def penalty(self) -> Tensor | None:
+        found = [p for hooks in self.parts.values() if (p := hooks.penalty()) is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def after_step(self, step: int) -> None:
+        for hooks in self.parts.values():
+            hooks.after_step(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value
+            for name, hooks in self.parts.items()
+            for key, value in hooks.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, hooks in self.parts.items():
+            own = {
+                k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")
+            }
+            if own:
+                hooks.load_state_dict(own)
+
+    def finish(self) -> None:
+        for hooks in self.parts.values():
+            hooks.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from functools import cache
 from types import ModuleType
@@ -100,17 +100,28 @@ def method(name: str) -> Method:
     return known[name]
 
 
-def apply(model: nn.Module, name: str, options: Any, adapter_name: str = "default") -> PeftModel:
+def apply(
+    model: nn.Module,
+    name: str,
+    options: Any,
+    adapter_name: str = "default",
+    heads: Sequence[str] = (),
+) -> PeftModel:
     """Wrap `model` with a fresh adapter of method `name`.
 
     Args:
         model: a stock model that some backbone describes.
         name: a name from `methods()`.
         options: an instance of that method's `options` dataclass.
+        adapter_name: what PEFT calls it.
+        heads: paths of modules that train whole, as copies that the adapter's file holds.
     """
     from peft import get_peft_model
 
-    return get_peft_model(model, method(name).build(model, options), adapter_name=adapter_name)
+    config: Any = method(name).build(model, options)
+    if heads:
+        config.modules_to_save = list(heads)
+    return get_peft_model(model, config, adapter_name=adapter_name)
 
 
 def hooks_for(model: PeftModel, total_steps: int, seed: int) -> TrainingHooks:

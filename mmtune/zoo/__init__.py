@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).resolve().parent
 DATA_ROOT = _ROOT / "data"
 MODEL_ROOT = _ROOT / "models"
-FLAVOURS = ("open_clip", "hf")
+# The config that a model's folder holds -> the classes that the model loads as, the default first.
+_FLAVOURS = {
+    "open_clip_config.json": ("open_clip", "hf"),
+    "config.json": ("retrieval", "vqa", "caption"),
+}
 
 
 class ZooError(LookupError):
@@ -52,26 +56,45 @@ def model_path(name: str) -> Path:
     return MODEL_ROOT / name
 
 
-def load(name: str = "tiny-clip", flavour: str = "open_clip") -> Loaded:
+def flavours(name: str) -> tuple[str, ...]:
+    """The stock classes that a shipped model loads as, the default first.
+
+    tiny-clip: "open_clip" for open_clip's CLIP, "hf" for transformers' CLIPModel. tiny-blip:
+    "retrieval", "vqa" and "caption" for transformers' BlipForImageTextRetrieval,
+    BlipForQuestionAnswering and BlipForConditionalGeneration.
+
+    Raises:
+        ZooError: no such model; the message lists those there are.
+    """
+    folder = model_path(name)
+    return next(found for file, found in _FLAVOURS.items() if (folder / file).is_file())
+
+
+def load(name: str = "tiny-clip", flavour: str | None = None) -> Loaded:
     """Load a shipped model in float32, in eval mode, on the CPU.
 
     Args:
         name: a model of `names()["models"]`.
-        flavour: "open_clip" for open_clip's CLIP, "hf" for transformers' CLIPModel; outputs agree.
+        flavour: one of `flavours(name)`; None means the first.
 
     Raises:
-        ZooError: no such model or flavour.
+        ZooError: no such model or flavour; the message lists those there are.
     """
-    folder = model_path(name)
-    if flavour not in FLAVOURS:
-        raise ZooError(f"{name} has no flavour {flavour!r}; it has {', '.join(FLAVOURS)}")
+    folder, known = model_path(name), flavours(name)
+    flavour = flavour or known[0]
+    if flavour not in known:
+        raise ZooError(f"{name} has no flavour {flavour!r}; it has {', '.join(known)}")
+    if (folder / "config.json").is_file():
+        from mmtune.zoo.blip import load_blip
+
+        return load_blip(folder, name, flavour)
     from mmtune.zoo.loading import load_clip
 
     return load_clip(folder, name, flavour)
 
 
 def _models() -> list[str]:
-    return sorted(p.parent.name for p in MODEL_ROOT.glob("*/*config.json"))
+    return sorted({p.parent.name for file in _FLAVOURS for p in MODEL_ROOT.glob(f"*/{file}")})
 
 
 _SPLITS = ("train", "val", "test", "test-text")

@@ -26,7 +26,7 @@ from mmtune.zoo.tiny_clip import material as made
 from mmtune.zoo.tiny_clip.export import export, score_teacher, write_json
 from mmtune.zoo.tiny_clip.recipe import Recipe
 from mmtune.zoo.tiny_clip.stages import build_pupil, train_pupil, train_teacher
-from mmtune.zoo.tiny_clip.teachers import load_efficientnet, sentence_embeddings, word_list
+from mmtune.zoo.tiny_clip.teachers import load_efficientnet, sentence_embeddings
 from mmtune.zoo.tiny_clip.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -89,20 +89,19 @@ def prepare(
     recipe: Recipe, teachers: Path, icons: Path | None, out: Path, device: torch.device
 ) -> Material:
     """Tokenizer (written to `out`), texts, their embeddings, and pictures on the device."""
-    pictures = made.read_pictures("clipart", "train", recipe.limit or None)
-    clipart = len(pictures.rows)
-    if icons is not None:
-        pictures = made.with_icons(pictures, icons)
-    texts = made.training_texts(pictures, recipe.variants, recipe.seed)
-    words = word_list(teachers)[: recipe.words or None]
-    flat = [text for some in texts for text in some]
-    repeated = [text for text in flat for _ in range(5)]
-    train_tokenizer(repeated + words, recipe.vocab_size, out, recipe.context)
-    every = flat + words
-    unique = list(dict.fromkeys(every))
-    row = {text: i for i, text in enumerate(unique)}
-    sentences = sentence_embeddings(teachers, unique, device)[[row[text] for text in every]]
-    return made.on_device(pictures, clipart, texts, words, sentences, out, recipe.context, device)
+    from transformers import CLIPTokenizer
+
+    gathered = made.gather(recipe, teachers, icons, device)
+    repeated = [text for text in gathered.flat for _ in range(5)]
+    train_tokenizer(repeated + gathered.words, recipe.vocab_size, out, recipe.context)
+    ids = CLIPTokenizer.from_pretrained(str(out))(
+        gathered.flat + gathered.words,
+        return_tensors="pt",
+        padding="max_length",
+        truncation=True,
+        max_length=recipe.context,
+    ).input_ids
+    return made.on_device(gathered, ids, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -107,7 +107,8 @@ def adapts_and_merges(name, method, branch, roles):
     batch = inputs(name)
     with torch.no_grad():
         base = model(**batch).logits
-    options = registry.method(method).options(rank=4, branches=[branch], sites=roles)
+    merging = {"gate": "off", "context": "off"} if method == "aurora" else {}
+    options = registry.method(method).options(rank=4, branches=[branch], sites=roles, **merging)
     wrapped = registry.apply(model, method, options)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-2)

@@ -18,8 +18,8 @@ def _everywhere(monkeypatch, tmp_path):
     for name in ("compare", "search"):
         function = getattr(running, name)
 
-        def with_setup(config, runs, tell, overwrite, function=function):
-            return function(config, runs, tell, small.install, overwrite)
+        def with_setup(config, runs, tell, function=function, **settings):
+            return function(config, runs, tell, small.install, **settings)
 
         monkeypatch.setattr(running, name, with_setup)
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from mmtune.compare.process import call_apart
+from mmtune.compare.process import call_apart, call_here
 
 
 def double(x):
@@ -43,6 +43,16 @@ def test_error_comes_back_with_its_traceback(tmp_path):
     assert ended.error is not None
     assert ended.error.startswith("KeyError: ")
     assert "in refuse" in ended.traceback
+
+
+def test_a_call_in_this_process_gives_the_same(tmp_path):
+    ended = call_here(double, (21,), tmp_path / "out.txt")
+    assert ended.value == (42, os.getpid())
+    assert (tmp_path / "out.txt").read_text() == "doubling 21\nand to stderr\n"
+    here = call_here(refuse, (), tmp_path / "out.txt")
+    apart = call_apart(refuse, (), tmp_path / "out.txt")
+    assert here.error == apart.error
+    assert "in refuse" in here.traceback
 
 
 def test_deaths_are_named(tmp_path):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,17 @@ def test_finished_comparison_trains_nothing_and_a_changed_cell_is_trained_again(
     _, told = run(write(CONFIG.replace("rank: 4", "rank: 3")), tmp_path, overwrite=True)
     third = stamps(root)
     assert all(third[p] != second[p] for p in second)
+
+
+def test_in_one_process_the_cells_end_bit_identical(whole, tmp_path, monkeypatch):
+    install = partial(small.install, monkeypatch.setattr)
+    config = load_comparison(whole / "small.yaml")
+    assert not compare(config, tmp_path / "runs", setup=install, apart=False).failed
+    for cell in CELLS:
+        one, other = (
+            r / "small/cells" / cell / ADAPTER for r in (whole / "runs", tmp_path / "runs")
+        )
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_failing_method_is_shown_and_the_others_go_on(write, tmp_path):

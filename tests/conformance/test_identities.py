@@ -147,7 +147,7 @@ def test_file_holds_only_the_adapter(method, backbone, tmp_path):
 
 def test_merged_is_a_stock_model_with_the_same_outputs(method, backbone):
     wrapped, _, view = adapt(method, backbone)
-    if not METHODS[method].merges:
+    if not METHODS[method].merges_on(backbone):
         with pytest.raises(ValueError, match="cannot be merged"):
             merge(wrapped)
         return
@@ -167,7 +167,7 @@ def test_merged_is_a_stock_model_with_the_same_outputs(method, backbone):
 
 
 def test_unmerge_gives_the_base_back(method, backbone):
-    if not METHODS[method].merges:
+    if not METHODS[method].merges_on(backbone):
         pytest.skip("nothing to unmerge")
     wrapped, model, view = adapt(method, backbone)
     before = copy.deepcopy(model.state_dict())
@@ -217,10 +217,12 @@ def test_gradient_checkpointing_changes_nothing(method, backbone):
         wrapped.train()
         if checkpointing and not view.set_gradient_checkpointing():
             pytest.skip("this backbone's layers cannot be checkpointed")
-        outputs(wrapped, view, backbone).pow(3).sum().backward()
+        y = outputs(wrapped, view, backbone)
+        # Gradients of order 1 at most, for which the tolerance below is meant.
+        (y / y.detach().abs().max().clamp(min=1)).pow(3).sum().backward()
         grads.append([p.grad for p in wrapped.parameters() if p.requires_grad])
     for a, b in zip(*grads, strict=True):
-        assert torch.allclose(a, b, atol=1e-6, rtol=1e-5)
+        assert (a - b).abs().max() <= 1e-6 + 1e-5 * a.abs().max()
 
 
 def test_no_graph_break_beyond_the_base(method, backbone):

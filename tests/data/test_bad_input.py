@@ -7,6 +7,7 @@ import pytest
 from mmtune.data import DataError, DataOptions, ImageBytes, Record, SourceOptions
 from mmtune.data.checking import check, load_data
 from mmtune.data.readers import read
+from mmtune.data.records import ImageFile, Question, VideoFile
 from tests.data.pictures import encoded, write_json, write_pictures, write_tar
 
 
@@ -179,3 +180,17 @@ def test_parquet_without_the_columns_lists_those_there_are(tmp_path):
     pq.write_table(pa.table({"picture": [b"x"], "text": ["y"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="got picture, text"):
         list(read(SourceOptions("parquet", str(tmp_path / "a.parquet"))))
+
+
+def test_a_source_of_another_kind_than_the_task_needs_is_refused(tmp_path, monkeypatch):
+    image = ImageFile(str(tmp_path), "a.png")
+    for item, kind, text in [
+        (Question(image, "what?", ("cat",), "1", "f"), Record, "gives questions, the task needs c"),
+        (Record(image, ("a cat",), "1", "f"), Question, "gives captions, the task needs questions"),
+        (Record(VideoFile(str(tmp_path), "a.mp4"), ("a",), "1", "f"), Record, "gives videos"),
+    ]:
+        monkeypatch.setattr("mmtune.data.checking.read", lambda *_, item=item: iter([item]))
+        options = DataOptions(train=SourceOptions(format="blip", path="x.json"))
+        with pytest.raises(DataError, match=text) as raised:
+            load_data(options, progress=False, kind=kind)
+        assert "data.train (blip)" in str(raised.value)

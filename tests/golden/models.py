@@ -1,177 +1,160 @@
-"""The reference's layers, rebuilt on Linears with sites, so that the shipped tuner adapts them."""
+"""Stock BLIP with the golden weights, and the shipped tuner on it with the golden factors."""
 
+import peft
 import torch
-import torch.nn.functional as F
-from torch import nn
+from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from mmtune.backbones import register
-from mmtune.backbones.base import Backbone, Site
+from mmtune import AuroraConfig
+from mmtune.backbones import backbone_of
+from mmtune.tuners.aurora.factors import ModeFactors
 
 from .draws import D, Draws
 
-HEADS = 12
+HEADS, IMAGE, PATCH, VOCABULARY, POSITIONS = 12, 32, 16, 40, 16
+SITES = {
+    "vision": ["q", "k", "v", "out", "fc1", "fc2"],
+    "text": ["q", "k", "v"],
+    "fusion": ["cross_q", "cross_k", "cross_v"],
+}
+GATES = ("scale_self", "shift_self", "scale_cross", "shift_cross")
 
 
-def linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
-    module = nn.Linear(weight.shape[1], weight.shape[0])
-    module.weight.data, module.bias.data = weight.clone(), bias.clone()
-    return module
+def blip(ffn: int = 8, layers: int = 1) -> BlipForImageTextRetrieval:
+    """Both towers as wide as the reference's; the vision tower's MLP is four times as wide."""
+    text = {
+        "hidden_size": D,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": POSITIONS,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "sep_token_id": 2,
+    }
+    vision = {
+        "hidden_size": D,
+        "intermediate_size": 4 * D,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "image_size": IMAGE,
+        "patch_size": PATCH,
+        "layer_norm_eps": 1e-6,
+    }
+    return BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision))
 
 
-def norm(draws: Draws, name: str, eps: float) -> nn.LayerNorm:
-    module = nn.LayerNorm(D, eps=eps)
-    module.weight.data, module.bias.data = draws[f"{name}_g"].clone(), draws[f"{name}_b"].clone()
-    return module
+def _named(draws: Draws, names: dict[str, str], ends: tuple[str, str]) -> dict[str, torch.Tensor]:
+    """Module -> stem of its drawn tensors, as a state dict."""
+    return {
+        f"{module}.{key}": draws[f"{stem}_{end}"]
+        for module, stem in names.items()
+        for key, end in zip(("weight", "bias"), ends, strict=True)
+    }
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
-    q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2) * 64**-0.5
-    if mask is not None:
-        scores = scores + mask[:, None, None, :]
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+def vision_attention(draws: Draws, prefix: str = "") -> dict[str, torch.Tensor]:
+    return _named(draws, {"qkv": f"{prefix}qkv", "projection": f"{prefix}proj"}, ("w", "b"))
 
 
-class VitAttention(nn.Module):
-    def __init__(self, draws: Draws, prefix: str = "") -> None:
-        super().__init__()
-        weights = draws[f"{prefix}qkv_w"].chunk(3)
-        biases = draws[f"{prefix}qkv_b"].chunk(3)
-        self.q, self.k, self.v = (linear(w, b) for w, b in zip(weights, biases, strict=True))
-        self.out = linear(draws[f"{prefix}proj_w"], draws[f"{prefix}proj_b"])
-
-    def forward(self, x):
-        return self.out(attend(self.q(x), self.k(x), self.v(x), None))
+def vision_mlp(draws: Draws, prefix: str = "") -> dict[str, torch.Tensor]:
+    return _named(draws, {"fc1": f"{prefix}fc1", "fc2": f"{prefix}fc2"}, ("w", "b"))
 
 
-class VitMlp(nn.Module):
-    def __init__(self, draws: Draws, prefix: str = "") -> None:
-        super().__init__()
-        self.fc1 = linear(draws[f"{prefix}fc1_w"], draws[f"{prefix}fc1_b"])
-        self.fc2 = linear(draws[f"{prefix}fc2_w"], draws[f"{prefix}fc2_b"])
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class TextAttention(nn.Module):
-    def __init__(self, draws: Draws, prefix: str) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (
-            linear(draws[f"{prefix}{c}_w"], draws[f"{prefix}{c}_b"]) for c in "qkvo"
-        )
-        self.ln = norm(draws, f"{prefix}ln", 1e-12)
-
-    def forward(self, x, source, mask):
-        return self.ln(self.o(attend(self.q(x), self.k(source), self.v(source), mask)) + x)
+def vision_layer(draws: Draws, prefix: str) -> dict[str, torch.Tensor]:
+    norms = {f"layer_norm{i}": f"{prefix}ln{i}" for i in (1, 2)}
+    return {
+        **{f"self_attn.{k}": v for k, v in vision_attention(draws, prefix).items()},
+        **{f"mlp.{k}": v for k, v in vision_mlp(draws, prefix).items()},
+        **_named(draws, norms, ("g", "b")),
+    }
 
 
-class TextLayer(nn.Module):
-    def __init__(self, draws: Draws, prefix: str = "", cross: bool = False) -> None:
-        super().__init__()
-        self.attention = TextAttention(draws, f"{prefix}self.")
-        self.cross = TextAttention(draws, f"{prefix}cross.") if cross else None
-        self.ffn1 = linear(draws[f"{prefix}ffn1_w"], draws[f"{prefix}ffn1_b"])
-        self.ffn2 = linear(draws[f"{prefix}ffn2_w"], draws[f"{prefix}ffn2_b"])
-        self.ln = norm(draws, f"{prefix}ffn_ln", 1e-12)
-        for name in ("scale_self", "shift_self", "scale_cross", "shift_cross"):
-            setattr(self, name, nn.Parameter(draws[f"{prefix}{name}"].clone()))
-
-    def forward(self, x, mask, enc=None, enc_mask=None):
-        s = self.attention(x, x, mask)
-        y = s if enc is None else self.cross(s, enc, enc_mask)
-        z = self.ln(self.ffn2(F.gelu(self.ffn1(y))) + y)
-        if enc is None:
-            return z
-        gated = s * self.scale_self + self.shift_self + y * self.scale_cross + self.shift_cross
-        return z + 0.1 * gated
+def text_layer(draws: Draws, prefix: str = "", cross: bool = True) -> dict[str, torch.Tensor]:
+    linears = {"intermediate.dense": f"{prefix}ffn1", "output.dense": f"{prefix}ffn2"}
+    norms = {"output.LayerNorm": f"{prefix}ffn_ln"}
+    parts = {"attention": "self", **({"crossattention": "cross"} if cross else {})}
+    for module, part in parts.items():
+        names = {"self.query": "q", "self.key": "k", "self.value": "v", "output.dense": "o"}
+        linears |= {f"{module}.{name}": f"{prefix}{part}.{c}" for name, c in names.items()}
+        norms[f"{module}.output.LayerNorm"] = f"{prefix}{part}.ln"
+    return _named(draws, linears, ("w", "b")) | _named(draws, norms, ("g", "b"))
 
 
-class VitBlock(nn.Module):
-    def __init__(self, draws: Draws, prefix: str) -> None:
-        super().__init__()
-        self.ln1 = norm(draws, f"{prefix}ln1", 1e-6)
-        self.attention = VitAttention(draws, prefix)
-        self.ln2 = norm(draws, f"{prefix}ln2", 1e-6)
-        self.mlp = VitMlp(draws, prefix)
-
-    def forward(self, x):
-        x = x + self.attention(self.ln1(x))
-        return x + self.mlp(self.ln2(x))
-
-
-class TwoTowers(nn.Module):
-    def __init__(self, draws: Draws) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, D, 16, 16)
-        self.patch.weight.data = draws["vis.patch_w"].clone()
-        self.patch.bias.data = draws["vis.patch_b"].clone()
-        self.cls, self.pos = (nn.Parameter(draws[f"vis.{n}"].clone()) for n in ("cls", "pos"))
-        self.blocks = nn.ModuleList(VitBlock(draws, f"vis.{i}.") for i in range(2))
-        self.vision_ln = norm(draws, "vis.ln", 1e-6)
-        self.word, self.text_pos = (
-            nn.Parameter(draws[f"txt.{n}"].clone()) for n in ("word", "pos")
-        )
-        self.embed_ln = norm(draws, "txt.emb_ln", 1e-12)
-        self.layers = nn.ModuleList(TextLayer(draws, f"txt.{i}.", cross=True) for i in range(2))
-
-    def image(self, pixels):
-        x = self.patch(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
-        for block in self.blocks:
-            x = block(x)
-        return self.vision_ln(x)
-
-    def text(self, ids, mask, enc=None):
-        x = self.embed_ln(self.word[ids] + self.text_pos[: ids.shape[1]])
-        for layer in self.layers:
-            x = layer(x, mask, enc)
-        return x
+def towers(draws: Draws, layers: int) -> dict[str, torch.Tensor]:
+    """Of the whole model but its three heads."""
+    vision, text = "vision_model", "text_encoder"
+    state = {
+        f"{vision}.embeddings.class_embedding": draws["vis.cls"],
+        f"{vision}.embeddings.position_embedding": draws["vis.pos"],
+        f"{text}.embeddings.word_embeddings.weight": draws["txt.word"],
+        f"{text}.embeddings.position_embeddings.weight": draws["txt.pos"],
+    }
+    state |= _named(draws, {f"{vision}.embeddings.patch_embedding": "vis.patch"}, ("w", "b"))
+    norms = {f"{vision}.post_layernorm": "vis.ln", f"{text}.embeddings.LayerNorm": "txt.emb_ln"}
+    state |= _named(draws, norms, ("g", "b"))
+    for i in range(layers):
+        own = vision_layer(draws, f"vis.{i}.")
+        state |= {f"{vision}.encoder.layers.{i}.{k}": v for k, v in own.items()}
+        own = text_layer(draws, f"txt.{i}.")
+        state |= {f"{text}.encoder.layer.{i}.{k}": v for k, v in own.items()}
+    return state
 
 
-@register
-class GoldenBackbone(Backbone):
-    """Sites of the modules above, wherever they stand."""
+def fill(module: torch.nn.Module, state: dict[str, torch.Tensor], absent: tuple[str, ...] = ()):
+    """Give a module all of its weights, but those whose names begin with one of `absent`."""
+    result = module.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert [k for k in result.missing_keys if not k.startswith(absent)] == []
 
-    family = "golden"
-    summary = "the reference's layers"
 
-    @classmethod
-    def matches(cls, model):
-        return isinstance(model, VitAttention | VitMlp | TextLayer | TwoTowers)
+def adapt(model, draws: Draws, sites: dict[str, list[str]], **settings):
+    """Adapt the model with the reference's settings and its drawn factors: (PeftModel, factors)."""
+    diagonal = "lam" in draws.drawn
+    backbone_of(model).prepare()
+    config = AuroraConfig(
+        rank=draws.number("R"),
+        core="diagonal" if diagonal else "dense",
+        block_layout="plain" if diagonal else "interleaved",
+        sites=sites,
+        **({"gate": "off", "context": "off"} | settings),
+    )
+    wrapped = peft.get_peft_model(model, config)
+    factors = next(m for m in model.modules() if isinstance(m, ModeFactors))
+    groups = (factors.aurora_U, factors.aurora_V, factors.aurora_core)
+    drawn = (draws["U"], draws["V"], draws["lam" if diagonal else "core"])
+    for group, value in zip(groups, drawn, strict=True):
+        assert list(group["default"]) == [f"{D}x{D}"]
+        group["default"][f"{D}x{D}"].data = value.clone()
+    return wrapped.eval(), factors
 
-    def iter_sites(self):
-        def under(branch, layer, path, names):
-            module = self.model.get_submodule(path)
-            for role, name in names.items():
-                full = f"{path}.{name}" if path else name
-                yield Site(branch, layer, role, full, module.get_submodule(name), D)
 
-        attention = {"q": "q", "k": "k", "v": "v", "out": "out"}
-        mlp = {"fc1": "fc1", "fc2": "fc2"}
-        text = {"q": "q", "k": "k", "v": "v", "out": "o"}
-        cross = {f"cross_{role}": name for role, name in text.items()}
-        for path, module in self.model.named_modules():
-            numbers = [int(part) for part in path.split(".") if part.isdigit()]
-            layer = numbers[0] if numbers else 0
-            if isinstance(module, VitAttention):
-                yield from under("vision", layer, path, attention)
-            elif isinstance(module, VitMlp):
-                yield from under("vision", layer, path, mlp)
-            elif isinstance(module, TextAttention):
-                is_cross = path.endswith("cross")
-                yield from under(
-                    "fusion" if is_cross else "text", layer, path, cross if is_cross else text
-                )
+def places(model, branch: str, layer: int) -> dict:
+    """Role -> the adapted Linear."""
+    chosen = backbone_of(model).select([branch], SITES[branch], [layer])
+    return {site.role: site.module for site in chosen}
 
-    def set_gradient_checkpointing(self, enable=True):
-        return False
 
-    def embed_pairs(self, model, batch):
-        raise NotImplementedError
+def gate(model, layer: int):
+    return model.get_submodule(f"mode_fusion_fusion_{layer}").aurora_gate["default"]
 
-    def encode_image(self, model, pixel_values):
-        raise NotImplementedError
 
-    def encode_text(self, model, input_ids, attention_mask=None):
-        raise NotImplementedError
+def set_text_layer(model, draws: Draws, layer: int = 0, prefix: str = "", cross: bool = True):
+    """Draw the mode vectors and the gate of one text layer into it."""
+    for branch, part in (("text", "self"), *((("fusion", "cross"),) if cross else ())):
+        for role, linear in places(model, branch, layer).items():
+            set_modes(linear, draws[f"{prefix}{part}.p_{role[-1]}"][:, None])
+    for name in GATES:
+        getattr(gate(model, layer), name).data = draws[f"{prefix}{name}"].clone()
+
+
+def set_modes(linear, values):
+    """`values` [R, m]: one column a block."""
+    assert linear.aurora_modes["default"].shape == values.T.shape
+    linear.aurora_modes["default"].data = values.T.contiguous().clone()
+
+
+def modes_grad(*linears):
+    """[R, m] gradient of the mode vectors of several projections, in order."""
+    return torch.cat([x.aurora_modes["default"].grad for x in linears]).T

@@ -1,53 +1,18 @@
-"""Aurora against the reference implementation: outputs 1e-5, gradients 5e-5 (float32, CPU)."""
+"""Aurora on stock BLIP against the reference: outputs 1e-5, gradients 5e-5 (float32, CPU)."""
 
 import json
 
 import peft
 import pytest
 import torch
+import transformers
 
 from mmtune import AuroraConfig
-from mmtune.tuners.aurora.factors import ModeFactors
+from mmtune.backbones import backbone_of
 
+from . import models
 from .draws import FOLDER, D, Draws, relative_error
-from .models import TextLayer, TwoTowers, VitAttention, VitMlp
-
-SITES = {
-    "vision": ["q", "k", "v", "out", "fc1", "fc2"],
-    "text": ["q", "k", "v"],
-    "fusion": ["cross_q", "cross_k", "cross_v"],
-}
-
-
-def adapt(model, draws, branches, compute, sites=None):
-    """Adapt `model` with the reference's settings and its drawn factors."""
-    diagonal = "lam" in draws.drawn
-    config = AuroraConfig(
-        rank=draws.number("R"),
-        core="diagonal" if diagonal else "dense",
-        block_layout="plain" if diagonal else "interleaved",
-        sites={b: (sites or SITES)[b] for b in branches},
-        compute=compute,
-    )
-    wrapped = peft.get_peft_model(model, config)
-    factors = next(m for m in model.modules() if isinstance(m, ModeFactors))
-    groups = (factors.aurora_U, factors.aurora_V, factors.aurora_core)
-    drawn = (draws["U"], draws["V"], draws["lam" if diagonal else "core"])
-    for group, value in zip(groups, drawn, strict=True):
-        assert list(group["default"]) == [f"{D}x{D}"]
-        group["default"][f"{D}x{D}"].data = value.clone()
-    return wrapped.eval(), factors
-
-
-def set_modes(linear, values):
-    """`values` [R, m]: one column a block."""
-    assert linear.aurora_modes["default"].shape == values.T.shape
-    linear.aurora_modes["default"].data = values.T.contiguous().clone()
-
-
-def modes_grad(*linears):
-    """[R, m] gradient of the mode vectors of several projections, in order."""
-    return torch.cat([x.aurora_modes["default"].grad for x in linears]).T
+from .models import SITES, gate, modes_grad, places, set_modes
 
 
 def check_factors(factors, draws):
@@ -75,9 +40,34 @@ def check_factors(factors, draws):
         assert relative_error(value, draws.want(f"grad_{name}")) < 5e-5, name
 
 
-def check_loss(loss, draws, *weighted):
-    scale = sum(float((out.detach() * w).abs().sum()) for out, w in weighted)
+def check(draws, factors, *weighted):
+    """Outputs with their weights and names; the loss is what they sum up to; its gradients."""
+    for out, _, name in weighted:
+        assert relative_error(out, draws.want(name)) < 1e-5, name
+    loss = torch.stack([(out * w).sum() for out, w, _ in weighted]).sum()
+    scale = sum(float((out.detach() * w).abs().sum()) for out, w, _ in weighted)
     assert abs(float(loss.detach()) - float(draws.want("loss"))) <= 1e-6 * scale
+    loss.backward()
+    check_factors(factors, draws)
+
+
+def check_text_modes(model, draws, branches, layer=0, prefix=""):
+    for branch in branches:
+        part = {"text": "self", "fusion": "cross"}[branch]
+        for role, linear in places(model, branch, layer).items():
+            want = draws.want(f"grad_{prefix}{part}.p_{role[-1]}")
+            assert relative_error(modes_grad(linear)[:, 0], want) < 5e-5, (layer, branch, role)
+
+
+def check_gate(model, draws, layer=0, prefix=""):
+    for name in models.GATES:
+        found = getattr(gate(model, layer), name).grad
+        assert relative_error(found, draws.want(f"grad_{prefix}{name}")) < 5e-5, (layer, name)
+
+
+def additive(draws):
+    """The mask of self-attention as a layer takes it, [b, 1, 1, t]."""
+    return (1.0 - torch.from_numpy(draws.stored["mask"]).float())[:, None, None] * -10000
 
 
 @pytest.fixture(params=["separate", "materialise"])
@@ -94,18 +84,17 @@ def test_vision_attention(file, compute):
     shape = (draws.number("B"), draws.number("N"), D)
     draws.draw("x", shape, 1)
     draws.draw("w", shape, 1)
-    model = VitAttention(draws)
-    wrapped, factors = adapt(model, draws, ["vision"], compute, {"vision": ["q", "k", "v", "out"]})
-    places = (model.q, model.k, model.v, model.out)
-    for place, column in zip(places, draws["P"].split(1, dim=1), strict=True):
+    model = models.blip()
+    layer = model.vision_model.encoder.layers[0]
+    models.fill(layer.self_attn, models.vision_attention(draws))
+    roles = ["q", "k", "v", "out"]
+    _, factors = models.adapt(model, draws, {"vision": roles}, compute=compute)
+    found = [places(model, "vision", 0)[role] for role in roles]
+    for place, column in zip(found, draws["P"].split(1, dim=1), strict=True):
         set_modes(place, column)
-    out = wrapped(draws["x"])
-    loss = (out * draws["w"]).sum()
-    loss.backward()
-    assert relative_error(out, draws.want("out")) < 1e-5
-    check_loss(loss, draws, (out, draws["w"]))
-    assert relative_error(modes_grad(*places), draws.want("grad_P")) < 5e-5
-    check_factors(factors, draws)
+    out, _ = layer.self_attn(draws["x"])
+    check(draws, factors, (out, draws["w"], "out"))
+    assert relative_error(modes_grad(*found), draws.want("grad_P")) < 5e-5
 
 
 def test_vision_mlp(compute):
@@ -116,21 +105,22 @@ def test_vision_mlp(compute):
     shape = (draws.number("B"), draws.number("N"), D)
     draws.draw("x", shape, 1)
     draws.draw("w", shape, 1)
-    model = VitMlp(draws)
-    wrapped, factors = adapt(model, draws, ["vision"], compute, {"vision": ["fc1", "fc2"]})
-    set_modes(model.fc1, draws["P"][:, :4])
-    set_modes(model.fc2, draws["P"][:, 4:])
-    out = wrapped(draws["x"])
-    loss = (out * draws["w"]).sum()
-    loss.backward()
-    assert relative_error(out, draws.want("out")) < 1e-5
-    check_loss(loss, draws, (out, draws["w"]))
-    assert relative_error(modes_grad(model.fc1, model.fc2), draws.want("grad_P")) < 5e-5
-    check_factors(factors, draws)
+    model = models.blip()
+    mlp = model.vision_model.encoder.layers[0].mlp
+    models.fill(mlp, models.vision_mlp(draws))
+    _, factors = models.adapt(model, draws, {"vision": ["fc1", "fc2"]}, compute=compute)
+    set_modes(mlp.fc1, draws["P"][:, :4])
+    set_modes(mlp.fc2, draws["P"][:, 4:])
+    check(draws, factors, (mlp(draws["x"]), draws["w"], "out"))
+    assert relative_error(modes_grad(mlp.fc1, mlp.fc2), draws.want("grad_P")) < 5e-5
+
+
+TEXT = {branch: SITES[branch] for branch in ("text", "fusion")}
 
 
 @pytest.mark.parametrize("file", ["med_text_layer", "med_text_layer_cp"])
 def test_text_layer(file, compute):
+    """The layer has a gate, which does nothing in text mode."""
     draws = Draws(file)
     r = draws.number("R")
     draws.factors(r, diagonal=file.endswith("_cp"))
@@ -138,20 +128,45 @@ def test_text_layer(file, compute):
     shape = (draws.number("B"), draws.number("T"), D)
     draws.draw("x", shape, 1)
     draws.draw("w", shape, 1)
-    model = TextLayer(draws)
-    wrapped, factors = adapt(model, draws, ["text"], compute)
-    places = [getattr(model.attention, c) for c in "qkv"]
-    for place, c in zip(places, "qkv", strict=True):
-        set_modes(place, draws[f"self.p_{c}"][:, None])
-    mask = (1.0 - torch.from_numpy(draws.stored["mask"]).float()) * -10000
-    out = wrapped(draws["x"], mask)
-    loss = (out * draws["w"]).sum()
-    loss.backward()
-    assert relative_error(out, draws.want("out")) < 1e-5
-    check_loss(loss, draws, (out, draws["w"]))
-    for place, c in zip(places, "qkv", strict=True):
-        assert relative_error(modes_grad(place)[:, 0], draws.want(f"grad_self.p_{c}")) < 5e-5
-    check_factors(factors, draws)
+    model = models.blip(draws.number("ffn"))
+    layer = model.text_encoder.encoder.layer[0]
+    models.fill(layer, models.text_layer(draws, cross=False), absent=("crossattention",))
+    _, factors = models.adapt(model, draws, TEXT, compute=compute, gate="reference")
+    models.set_text_layer(model, draws, cross=False)
+    out = layer(draws["x"], attention_mask=additive(draws))
+    check(draws, factors, (out, draws["w"], "out"))
+    check_text_modes(model, draws, ["text"])
+    assert all(p.grad is None for p in gate(model, 0).parameters())
+
+
+def test_multimodal_layer(compute):
+    draws = Draws("med_multimodal_layer")
+    r = draws.number("R")
+    draws.factors(r, diagonal=False)
+    draws.layer("", r, draws.number("ffn"), 1, cross=True)
+    b, n, t = (draws.number(x) for x in "BNT")
+    draws.draw("x", (b, t, D), 1)
+    draws.draw("enc", (b, n, D), 1)
+    draws.draw("w", (b, t, D), 1)
+    model = models.blip(draws.number("ffn"))
+    layer = model.text_encoder.encoder.layer[0]
+    models.fill(layer, models.text_layer(draws))
+    _, factors = models.adapt(model, draws, TEXT, compute=compute, gate="reference")
+    models.set_text_layer(model, draws)
+    mask = additive(draws)
+    # transformers does not hand a mask of the image down; padding at its end is cut off instead.
+    lengths = draws.stored["enc_mask"].sum(1).tolist()
+    assert sorted(lengths) == [n - 1, n]
+    rows = [
+        layer(draws["x"][i : i + 1], draws["enc"][i : i + 1, :length], mask[i : i + 1])
+        for i, length in enumerate(lengths)
+    ]
+    check(draws, factors, (torch.cat(rows), draws["w"], "out"))
+    check_text_modes(model, draws, ["text", "fusion"])
+    check_gate(model, draws)
+    with torch.no_grad():
+        text = layer(draws["x"], attention_mask=mask)
+    assert relative_error(text, draws.want("text_mode_out")) < 1e-5
 
 
 def draw_towers():
@@ -184,88 +199,89 @@ def draw_towers():
     return draws
 
 
+# Role -> the part of a vision block, the first column of its modes, and how many are its own.
+BLOCKS = {
+    "q": ("attn", 0, 1),
+    "k": ("attn", 1, 1),
+    "v": ("attn", 2, 1),
+    "out": ("attn", 3, 1),
+    "fc1": ("mlp", 0, 4),
+    "fc2": ("mlp", 4, 4),
+}
+
+
 def test_two_towers_share_factors(compute):
     draws = draw_towers()
-    model = TwoTowers(draws)
-    wrapped, factors = adapt(model, draws, ["vision", "text", "fusion"], compute)
-    gates = ("scale_self", "shift_self", "scale_cross", "shift_cross")
-    for i, block in enumerate(model.blocks):
-        for j, role in enumerate(("q", "k", "v", "out")):
-            set_modes(getattr(block.attention, role), draws[f"vis.{i}.attn_P"][:, j : j + 1])
-        set_modes(block.mlp.fc1, draws[f"vis.{i}.mlp_P"][:, :4])
-        set_modes(block.mlp.fc2, draws[f"vis.{i}.mlp_P"][:, 4:])
-    for i, layer in enumerate(model.layers):
-        for part, module in (("self", layer.attention), ("cross", layer.cross)):
-            for c in "qkv":
-                set_modes(getattr(module, c), draws[f"txt.{i}.{part}.p_{c}"][:, None])
-        for name in gates:
-            getattr(layer, name).requires_grad_(True)
-    ids = torch.from_numpy(draws.stored["ids"])
-    mask = (1.0 - torch.from_numpy(draws.stored["mask"]).float()) * -10000
-    image = model.image(draws["image"])
-    text = model.text(ids, mask)
-    multimodal = model.text(ids, mask, image)
-    weighted = [
-        (image, draws["w_image"]),
-        (text, draws["w_text"]),
-        (multimodal, draws["w_multimodal"]),
-    ]
-    loss = torch.stack([(out * w).sum() for out, w in weighted]).sum()
-    loss.backward()
-    for name, out in (("image", image), ("text", text), ("multimodal", multimodal)):
-        assert relative_error(out, draws.want(f"{name}_out")) < 1e-5, name
-    check_loss(loss, draws, *weighted)
-    check_factors(factors, draws)
-    for i, block in enumerate(model.blocks):
-        a = block.attention
-        found = modes_grad(a.q, a.k, a.v, a.out)
+    model = models.blip(draws.number("ffn"), layers=2)
+    heads = ("vision_proj", "text_proj", "itm_head")
+    models.fill(model, models.towers(draws, layers=2), absent=heads)
+    wrapped, factors = models.adapt(model, draws, SITES, compute=compute, gate="reference")
+    for i in range(2):
+        for role, linear in places(model, "vision", i).items():
+            part, at, blocks = BLOCKS[role]
+            set_modes(linear, draws[f"vis.{i}.{part}_P"][:, at : at + blocks])
+        models.set_text_layer(model, draws, i, f"txt.{i}.")
+    ids, mask = (torch.from_numpy(draws.stored[name]) for name in ("ids", "mask"))
+    image = model.vision_model(draws["image"]).last_hidden_state
+    text = model.text_encoder(ids, attention_mask=mask).last_hidden_state
+    both = model.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image)
+    check(
+        draws,
+        factors,
+        (image, draws["w_image"], "image_out"),
+        (text, draws["w_text"], "text_out"),
+        (both.last_hidden_state, draws["w_multimodal"], "multimodal_out"),
+    )
+    for i in range(2):
+        linears = places(model, "vision", i)
+        found = modes_grad(*(linears[role] for role in ("q", "k", "v", "out")))
         assert relative_error(found, draws.want(f"grad_vis.{i}.attn_P")) < 5e-5
-        found = modes_grad(block.mlp.fc1, block.mlp.fc2)
+        found = modes_grad(linears["fc1"], linears["fc2"])
         assert relative_error(found, draws.want(f"grad_vis.{i}.mlp_P")) < 5e-5
-    for i, layer in enumerate(model.layers):
-        for part, module in (("self", layer.attention), ("cross", layer.cross)):
-            for c in "qkv":
-                found = modes_grad(getattr(module, c))[:, 0]
-                assert relative_error(found, draws.want(f"grad_txt.{i}.{part}.p_{c}")) < 5e-5
-        for name in gates:
-            found = getattr(layer, name).grad
-            assert relative_error(found, draws.want(f"grad_txt.{i}.{name}")) < 5e-5
+        check_text_modes(model, draws, ["text", "fusion"], i, f"txt.{i}.")
+        check_gate(model, draws, i, f"txt.{i}.")
     assert sum(p.requires_grad for p in wrapped.parameters()) == 3 + 2 * 6 + 2 * 6 + 2 * 4
 
 
+RETRIEVAL, ANSWERING = "BlipForImageTextRetrieval", "BlipForQuestionAnswering"
+
+
 @pytest.mark.parametrize("rank", [8, 32, 64, 128])
-def test_counts(rank):
-    """The published split of trainable scalars, from two layers a tower scaled to twelve."""
-    want = json.loads((FOLDER / "counts.json").read_text())[str(rank)]["retrieval"]
+@pytest.mark.parametrize(("task", "kind"), [("retrieval", RETRIEVAL), ("vqa", ANSWERING)])
+def test_counts_of_the_full_size_models(task, kind, rank):
     with torch.device("meta"):
-        model = MetaTowers()
-    config = AuroraConfig(rank=rank, core="dense", block_layout="interleaved", sites=SITES)
+        model = getattr(transformers, kind)(transformers.BlipConfig())
+    backbone_of(model).prepare()
+    retrieval = task == "retrieval"
+    decoder = {} if retrieval else {"language": SITES["text"] + SITES["fusion"]}
+    config = AuroraConfig(
+        rank=rank,
+        core="dense",
+        block_layout="interleaved",
+        sites=SITES | decoder,
+        gate="reference",
+        context="reference" if retrieval else "off",
+        modules_to_save=["vision_proj", "itm_head"] if retrieval else None,
+    )
     wrapped = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
-    factors = next(m for m in model.modules() if isinstance(m, ModeFactors))
-    assert factors.aurora_U["default"][f"{D}x{D}"].numel() == want["U"]
-    assert factors.aurora_V["default"][f"{D}x{D}"].numel() == want["V"]
-    assert factors.aurora_core["default"][f"{D}x{D}"].numel() == want["core"]
-    modes = [p for n, p in wrapped.named_parameters() if "aurora_modes" in n]
-    vision = sum(p.numel() for p in modes[: 2 * 6])
-    assert vision * 6 == want["modes_vision"]
-    assert sum(p.numel() for p in modes[2 * 6 :]) * 6 == want["modes_text_encoder"]
-    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    shared = want["U"] + want["V"] + want["core"]
-    assert trainable == shared + (want["modes_vision"] + want["modes_text_encoder"]) // 6
-
-
-class MetaTowers(TwoTowers):
-    """Two layers a tower without weights: counts scale with the layers."""
-
-    def __init__(self) -> None:
-        class Zeros:
-            def __getitem__(self, name):
-                stem = name.split(".")[-1].removesuffix("_w")
-                if name.endswith("_w"):
-                    shapes = {"qkv": (3 * D, D), "fc1": (4 * D, D), "fc2": (D, 4 * D)}
-                    shapes |= {"patch": (D, 3, 16, 16), "ffn1": (96, D), "ffn2": (D, 96)}
-                    return torch.zeros(shapes.get(stem, (D, D)))
-                bias = {"qkv_b": 3 * D, "fc1_b": 4 * D, "ffn1_b": 96}
-                return torch.zeros(bias.get(name.split(".")[-1], D))
-
-        super().__init__(Zeros())
+    starts = {
+        "mode_factors.aurora_U": "U",
+        "mode_factors.aurora_V": "V",
+        "mode_factors.aurora_core": "core",
+        "vision_model": "modes_vision",
+        "text_encoder": "modes_text_encoder",
+        "text_decoder": "modes_text_decoder",
+        "mode_fusion_fusion": "gate_text_encoder",
+        "mode_fusion_language": "gate_text_decoder",
+        "vision_proj": "head_image_projection",
+        "itm_head": "head_matching",
+    }
+    found = dict.fromkeys(starts.values(), 0)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix("base_model.model.")
+            (start,) = (start for start in starts if name.startswith(start))
+            found[starts[start]] += parameter.numel()
+    want = json.loads((FOLDER / "counts.json").read_text())[str(rank)][task]
+    assert found | {"total": sum(found.values())} == want
+    assert wrapped.get_nb_trainable_parameters()[0] == want["total"]

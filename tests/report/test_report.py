@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
+import io
 import re
 
 import numpy as np
@@ -198,3 +200,12 @@ def test_sizes_and_small_shares():
     assert [size(n) for n in (5, 2048, 5 * 2**20, 2**31)] == ["5 B", "2 KiB", "5 MiB", "2.00 GiB"]
     small = Results({}, {}, {}, 40, 1_000_000, 0, 0, "", 0)
     assert share(small) == "0.004 %"
+
+
+def test_a_film_strip_is_a_row_of_its_own_and_stays_sharp():
+    strip = Image.new("RGB", (649, 120), "red")
+    pictures = Pictures()
+    data = base64.b64decode(pictures.uri(strip).partition(",")[2])
+    assert Image.open(io.BytesIO(data)).size == (480, 89)
+    data = base64.b64decode(pictures.uri(strip.crop((0, 0, 200, 120))).partition(",")[2])
+    assert Image.open(io.BytesIO(data)).size == (160, 96)

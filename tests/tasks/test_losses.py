@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from mmtune.tasks.losses import clip_loss, sigmoid_loss
+from tests.tasks.group import run_group
 from tests.tasks.two_towers import CASES, TwoTowers, case_loss, whole
 
 
@@ -80,24 +78,7 @@ def test_autocast_does_not_round_the_logits():
 def two_processes(tmp_path_factory):
     """What each of two gloo processes computed, by case."""
     folder = tmp_path_factory.mktemp("gather")
-    root = Path(__file__).parent.parent.parent
-    command = [sys.executable, "-m", "tests.tasks.gather_process"]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(folder)],
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
+    run_group("tests.tasks.gather_process", folder)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
         for name in CASES

@@ -39,27 +39,31 @@ def tiny_model(seed=0):
 
 
 def tiny_loaded(seed=0):
-    model = tiny_model(seed)
+    return with_words(tiny_model(seed), 16, LENGTH, begin=0, end=1, pad=2)
+
+
+def with_words(model, size, length, begin, end, pad):
+    """The model with a tokenizer that numbers words from 3 on, in the order it meets them."""
     words: dict[str, int] = {}
 
     def ids(text):
-        return [0, *(3 + words.setdefault(w, len(words)) for w in text.lower().split()), 1]
+        return [begin, *(3 + words.setdefault(w, len(words)) for w in text.lower().split()), end]
 
     def tokenize(texts):
         rows = [ids(t) for t in texts]
-        rows = [r if len(r) <= LENGTH else [*r[: LENGTH - 1], 1] for r in rows]
+        rows = [r if len(r) <= length else [*r[: length - 1], end] for r in rows]
         width = max(map(len, rows))
-        table = torch.full((len(rows), width), 2, dtype=torch.int64)
+        table = torch.full((len(rows), width), pad, dtype=torch.int64)
         for row, tokens in zip(table, rows, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
-        return {"input_ids": table, "attention_mask": (table != 2).long()}
+        return {"input_ids": table, "attention_mask": (table != pad).long()}
 
     return Loaded(
         model=model,
         backbone=backbone_of(model),
-        image=ImageSpec(16, (0.5,) * 3, (0.5,) * 3),
+        image=ImageSpec(size, (0.5,) * 3, (0.5,) * 3),
         tokenize=tokenize,
-        context_length=LENGTH,
+        context_length=length,
         name="tiny",
         count_tokens=lambda text: len(ids(text)),
     )

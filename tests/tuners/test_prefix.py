@@ -16,7 +16,7 @@ from mmtune.conformance.backbones import (
     images_and_texts,
     pair_embeddings,
 )
-from mmtune.conformance.methods import prefix_count
+from mmtune.conformance.counts import prefix_count
 from mmtune.tuners import registry, stacking
 from mmtune.tuners.prefix import PrefixConfig, eject
 from mmtune.tuners.presets import LoraOptions

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from mmtune.backbones import SiteError, backbone_of
 from mmtune.conformance.backbones import BACKBONES, Tower, build, images_and_texts, pair_embeddings
-from mmtune.conformance.methods import unipelt_count
+from mmtune.conformance.counts import unipelt_count
 from mmtune.tuners.unipelt import GatedBottleneck, GatedLinear, Gates, UniPELTConfig, gate
 
 

@@ -15,7 +15,10 @@ from data_builders.sources.openclipart import normalise
 from mmtune import zoo
 
 FILES = [
-    (name, split) for name, splits in zoo.names().items() if name != "models" for split in splits
+    (name, split)
+    for name, splits in zoo.names().items()
+    if name.startswith("clipart")
+    for split in splits
 ]
 BY_TEXT_ALONE = "clipart-test-text"
 
@@ -37,6 +40,7 @@ def test_names():
     assert zoo.names()["clipart"] == ["train", "val", "test", "test-text"]
     for name in ("clipart-animals", "clipart-food"):
         assert zoo.names()[name] == ["train", "val", "test"]
+    assert zoo.names()["easy-vqa"] == ["train", "val", "test"]
 
 
 def test_unknown_names_are_refused_with_what_there_is():
@@ -46,8 +50,8 @@ def test_unknown_names_are_refused_with_what_there_is():
         zoo.data_path("clipart", "dev")
     with pytest.raises(zoo.ZooError, match="tiny-clip"):
         zoo.model_path("tiny-clap")
-    with pytest.raises(zoo.ZooError, match="open_clip, hf"):
-        zoo.load("tiny-clip", flavour="jax")
+    with pytest.raises(zoo.ZooError, match="tiny-clip has no flavour 'vqa'; it has open_clip, hf"):
+        zoo.load("tiny-clip", flavour="vqa")
 
 
 def test_every_picture_decodes(pictures):
@@ -62,7 +66,7 @@ def test_counts_are_those_of_summary_and_card(rows):
     assert counts == json.loads((zoo.DATA_ROOT / "clipart.json").read_text())["counts"]
     card = (zoo.DATA_ROOT / "README.md").read_text()
     for name, splits in zoo.names().items():
-        if name != "models":
+        if name.startswith("clipart"):
             cells = [f"{counts[f'{name}-{split}']:,}" for split in splits]
             assert f"| `{name}` | {' | '.join(cells)} |" in card.replace(" | - |", " |")
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmtune.data.options import SourceOptions
-from mmtune.data.records import DataError, Problem, Record
+from mmtune.data.records import DataError, Problem, Question, Record
 
-Reader = Callable[[SourceOptions, str], Iterator[Record | Problem]]
+Reader = Callable[[SourceOptions, str], Iterator[Record | Question | Problem]]
 
 
-def read(source: SourceOptions, role: str = "train") -> Iterator[Record | Problem]:
+def read(source: SourceOptions, role: str = "train") -> Iterator[Record | Question | Problem]:
     """Read a source lazily; images are not opened yet.
 
     Args:
@@ -22,7 +22,7 @@ def read(source: SourceOptions, role: str = "train") -> Iterator[Record | Proble
         role: train, val or test: the split where `source.split` is None and the format has splits.
 
     Yields:
-        A record, or what is wrong with one.
+        A record or question, or what is wrong with one.
 
     Raises:
         DataError: a file that is missing, or is not what it says.
@@ -39,7 +39,7 @@ def source_files(source: SourceOptions, role: str = "train") -> list[str]:
         return [str(path) for path in zoo.files(source, role)]
     path = Path(str(source.path))
     if path.is_file():
-        return [str(path)]
+        return [str(path), *([source.answers] if source.answers else [])]
     if source.format == "datasets":
         return []
     found = [f for pattern in expand_braces(str(source.path)) for f in glob.glob(pattern)]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mmtune.data.options import SourceOptions
 from mmtune.data.readers.json_files import file_record, image_root, load_json, wrong_shape
-from mmtune.data.records import ImageRef, Problem, Record
+from mmtune.data.records import MediaRef, Problem, Record
 
 
 def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
@@ -27,7 +27,7 @@ def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
 def merged(entries: Iterator[Record | Problem]) -> list[Record | Problem]:
     """Entries of the same image become one record, in order of first appearance."""
     found: list[Record | Problem] = []
-    at: dict[ImageRef, int] = {}
+    at: dict[MediaRef, int] = {}
     for entry in entries:
         known = at.get(entry.image) if isinstance(entry, Record) else None
         first = found[known] if known is not None else None

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmtune.data.options import SourceOptions
 from mmtune.data.readers.columns import CAPTIONS
-from mmtune.data.readers.json_files import file_record, read_text
+from mmtune.data.readers.json_files import file_record, json_lines
 from mmtune.data.records import DataError, Problem, Record
 
 
@@ -19,16 +18,11 @@ def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
     """Yield one record per line of metadata.jsonl."""
     path = _metadata(source, role)
     root = source.images if source.images is not None else str(path.parent)
-    for number, line in enumerate(read_text(str(path)).split("\n"), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield Problem(where, "not JSON", str(error))
-            continue
-        yield file_record(item, root, where, "file_name", CAPTIONS, "id")
+    for where, item in json_lines(str(path)):
+        if isinstance(item, Problem):
+            yield item
+        else:
+            yield file_record(item, root, where, "file_name", CAPTIONS, "id")
 
 
 def _metadata(source: SourceOptions, role: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,20 @@ def read_text(path: str) -> str:
         raise DataError([Problem(path, "not UTF-8", str(error))]) from None
     except OSError as error:
         raise DataError([Problem(path, "missing file", error.strerror or str(error))]) from None
+
+
+def json_lines(path: str) -> Iterator[tuple[str, Any]]:
+    """Every line of a JSON lines file that is not empty, as (where, value).
+
+    The value is a Problem where the line is not JSON. Raises DataError as `read_text` does.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield where, Problem(where, "not JSON", str(error))
 
 
 def image_root(images: str | None, path: str) -> str:

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmtune.data.options import SourceOptions
 from mmtune.data.readers import expand_braces, parquet
-from mmtune.data.records import DataError, Problem, Record
+from mmtune.data.records import DataError, Problem, Question, Record, image_of
 
 
-def read(source: SourceOptions, role: str) -> Iterator[Record | Problem]:
-    """Yield the records of one split of shipped data sets, in the order of their names.
+def read(source: SourceOptions, role: str) -> Iterator[Record | Question | Problem]:
+    """Yield the records or questions of one split of shipped data sets, in order of their names.
 
     Raises:
         DataError: no such data set or split; the message lists those there are.
     """
-    paths = files(source, role)
-    return itertools.chain.from_iterable(
-        parquet.read_file(str(path), str(path.parent)) for path in paths
-    )
+    import pyarrow.parquet as pq
+
+    for path in files(source, role):
+        if "questions" in pq.read_schema(path).names:
+            yield from _questions(path)
+        else:
+            yield from parquet.read_file(str(path), str(path.parent))
+
+
+def _questions(path: Path) -> Iterator[Question]:
+    """The questions of a file with one row an image; the image's other columns are fields."""
+    import pyarrow.parquet as pq
+
+    number = 0
+    for batch in pq.ParquetFile(path).iter_batches(256):
+        for row in batch.to_pylist():
+            image = image_of(row.pop("image"), str(path.parent))
+            asked, identity = row.pop("questions"), row.pop("id")
+            for item in asked:
+                yield Question(
+                    image,
+                    item["question"],
+                    (item["answer"],),
+                    item["id"],
+                    f"{path}, row {number}, question {item['id']}",
+                    {**row, "kind": item["kind"], "image_id": identity},
+                )
+            number += 1
 
 
 def files(source: SourceOptions, role: str) -> list[Path]:

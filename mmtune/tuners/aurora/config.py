@@ -8,6 +8,15 @@ from typing import ClassVar, Literal
 
 from mmtune.tuners.sited import SitedConfig
 
+CHOICES = {
+    "core": ("diagonal", "dense"),
+    "block_layout": ("plain", "interleaved"),
+    "compute": ("separate", "materialise"),
+    "sharing": ("all", "branch", "layer"),
+    "gate": (None, "off", "tanh", "reference"),
+    "context": (None, "off", "tokens", "batch", "reference"),
+}
+
 
 @dataclass
 class AuroraConfig(SitedConfig):
@@ -27,6 +36,24 @@ class AuroraConfig(SitedConfig):
     Trainable parameters, for blocks of one shape: R (d_in + d_out) + C + M R, with C = R (diagonal)
     or R^3 (dense) and M the number of blocks.
 
+    Where the chosen branches and layers read another branch by cross-attention (BLIP's text encoder
+    and decoder, BLIP-2's Q-Former), the method has two more parts, whatever `sites` are. With s and
+    y the outputs of such a layer's self- and cross-attention, norms and residuals included:
+
+        gate "tanh":       y + tanh(a) * (gamma * s + beta)        a = beta = 0, gamma = 1; 3 d
+        gate "reference":  0.1 (gamma_s * s + beta_s) + 0.1 (gamma_c * y + beta_c) added behind the
+                           layer's last norm, all drawn from N(0, 0.0002^2); 4 d
+        context "tokens":  y + alpha sum_j softmax_j(<y, s_j> / sqrt(d)) s_j over the words of the
+                           same pair, padding left out; alpha = 0; 1. In encoders only: a decoder's
+                           word would see later ones.
+
+    In text mode (nothing to read) neither acts. The contexts "batch" and "reference" act on pooled
+    features of fused pairs before the match head, in training only and only where the task asks for
+    them: see `PooledContext`, which says what they leak.
+
+    Merging: dW folds into the weight; the gates and context "tokens" act on hidden states and do
+    not, so an adapter that has one refuses to be merged. With "off" for both it merges.
+
     Args:
         rank: R, components shared by all branches.
         alpha: factor on the update (a plain factor, not divided by the rank).
@@ -36,6 +63,13 @@ class AuroraConfig(SitedConfig):
             "interleaved" mixes their mode vectors as the released code does (dense core only).
         sites: roles to adapt, or branch -> roles. ["q", "k", "v", "out"] is the paper's choice; the
             released code has {vision: [q, k, v, out, fc1, fc2], text: [q, k, v]}.
+        sharing: which blocks of one shape share U, V and core: those of "all" layers and branches,
+            those of a "branch", or those of a "layer" of a branch (an ablation: the count of the
+            factors above is then paid once for each).
+        gate: "tanh", "reference" or "off"; None means "tanh" where a chosen layer reads another
+            branch and "off" where none does (CLIP). Settled when the adapter is made.
+        context: "tokens", "batch", "reference" or "off"; None means "tokens" where an encoder's
+            words read another branch and "off" elsewhere. Settled when the adapter is made.
         branch_ranks: branch -> rank (at most `rank`, which it may lower for that branch): the
             branch uses the first components of the shared factors.
         compute: "separate" multiplies tokens by the factors; "materialise" adds dW to the weight
@@ -46,7 +80,8 @@ class AuroraConfig(SitedConfig):
         "Parameter-efficient Tuning of Large-scale Multimodal Foundation Models", NeurIPS 2023,
         arXiv 2305.08381, section 3.2. Differs from the released code in the diagonal core, the
         plain layout and the unit initial lambda; core="dense" with block_layout="interleaved" is
-        its form.
+        its form. Its gate and context are those called "reference"; "tanh" and "tokens" keep their
+        purpose, start at nothing and never look beyond a pair.
     """
 
     peft_name: ClassVar[str] = "AURORA"
@@ -56,6 +91,9 @@ class AuroraConfig(SitedConfig):
     dropout: float = 0.0
     core: Literal["diagonal", "dense"] = "diagonal"
     block_layout: Literal["plain", "interleaved"] = "plain"
+    sharing: Literal["all", "branch", "layer"] = "all"
+    gate: Literal["off", "tanh", "reference"] | None = None
+    context: Literal["off", "tokens", "batch", "reference"] | None = None
     sites: list[str] | dict[str, list[str]] = field(default_factory=lambda: ["q", "k", "v", "out"])
     branch_ranks: dict[str, int] = field(default_factory=dict)
     compute: Literal["separate", "materialise"] = "separate"
@@ -65,12 +103,10 @@ class AuroraConfig(SitedConfig):
             yield f"aurora.rank must be at least 1, got {self.rank}. Try 64."
         if not 0 <= self.dropout < 1:
             yield f"aurora.dropout must be in [0, 1), got {self.dropout}"
-        if self.core not in ("diagonal", "dense"):
-            yield f"aurora.core must be diagonal or dense, got {self.core!r}"
-        if self.block_layout not in ("plain", "interleaved"):
-            yield f"aurora.block_layout must be plain or interleaved, got {self.block_layout!r}"
-        if self.compute not in ("separate", "materialise"):
-            yield f"aurora.compute must be separate or materialise, got {self.compute!r}"
+        for key, known in CHOICES.items():
+            if getattr(self, key) not in known:
+                names = ", ".join(str(name) for name in known[:-1])
+                yield f"aurora.{key} must be {names} or {known[-1]}, got {getattr(self, key)!r}"
         if self.block_layout == "interleaved" and self.core != "dense":
             yield (
                 "aurora.block_layout: interleaved mixes the entries of a dense core; "
@@ -90,3 +126,8 @@ class AuroraConfig(SitedConfig):
     def rank_of(self, branch: str) -> int:
         """Components that `branch` uses."""
         return self.branch_ranks.get(branch, self.rank)
+
+    def kept(self) -> list[str]:
+        """The parts that act on hidden states in every forward pass; no weight can hold them."""
+        gate = [f"gate {self.gate}"] if self.gate in ("tanh", "reference") else []
+        return gate + (["context tokens"] if self.context == "tokens" else [])

@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmtune.backbones.base import Site
-from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.sited import Attached
 
 
@@ -54,14 +53,26 @@ def cut(site: Site, out_features: int, in_features: int) -> Blocks:
     return Blocks(out_features, in_features)
 
 
+def sharing_key(sharing: str, site: Site, blocks: Blocks) -> str:
+    """Names the factors of a site's blocks; blocks with one key share them."""
+    groups = {"all": "", "branch": f"{site.branch}_", "layer": f"{site.branch}_{site.layer}_"}
+    return groups[sharing] + blocks.shape_key
+
+
 class AuroraLayer(BaseTunerLayer):
-    """What PEFT visits: the adapted Linears and the factors they share."""
+    """What PEFT visits: the adapted Linears, the factors they share, and layers that fuse."""
+
+    def acting(self, group: str) -> list[str]:
+        """The adapters that take part, among those in the container called `group`."""
+        have = () if self.disable_adapters else getattr(self, group, ())
+        return [name for name in self.active_adapters if name in have]
 
 
 class ModeFactors(Attached, AuroraLayer):
-    """U, V and core of every block shape, registered once in the adapted model.
+    """U, V and core of every group of blocks that share them, registered once in the model.
 
-    Parameters of an adapter, per block shape: U [R, d_in], V [d_out, R], core [R] or [R, R, R].
+    A group is a block shape, or (`sharing`) one within a branch or a layer.
+    Parameters of an adapter, per group: U [R, d_in], V [d_out, R], core [R] or [R, R, R].
     """
 
     adapter_layer_names = ("aurora_U", "aurora_V", "aurora_core")
@@ -79,22 +90,25 @@ class ModeFactors(Attached, AuroraLayer):
                 group[name] = nn.ParameterDict()
 
     def require(
-        self, name: str, blocks: Blocks, config: AuroraConfig, generator: torch.Generator | None
+        self,
+        name: str,
+        key: str,
+        blocks: Blocks,
+        r: int,
+        core: str,
+        generator: torch.Generator | None,
     ) -> None:
-        """Make the factors of this block shape unless they exist."""
-        key, r = blocks.shape_key, config.rank
+        """Make the factors called `key`, r components for such blocks, unless they exist."""
         groups = (self.aurora_U, self.aurora_V, self.aurora_core)
         u_of, v_of, core_of = (cast(nn.ParameterDict, group[name]) for group in groups)
         if key in u_of:
             return
         u = torch.randn(r, blocks.d_in, generator=generator) / math.sqrt(blocks.d_in)
-        if config.core == "dense":
-            core = torch.randn(r, r, r, generator=generator) / r
-        else:
-            core = torch.ones(r)
+        dense = core == "dense"
+        mixing = torch.randn(r, r, r, generator=generator) / r if dense else torch.ones(r)
         u_of[key] = nn.Parameter(u)
         v_of[key] = nn.Parameter(torch.zeros(blocks.d_out, r))
-        core_of[key] = nn.Parameter(core)
+        core_of[key] = nn.Parameter(mixing)
 
     def of(self, name: str, key: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first `rank` components: U [rank, d_in], V [d_out, rank], core [rank] or [rank]^3."""

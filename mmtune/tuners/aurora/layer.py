@@ -15,8 +15,9 @@ from mmtune.tuners.aurora.factors import AuroraLayer, Blocks, ModeFactors, mixer
 
 @dataclass(frozen=True)
 class Placed:
-    """How one adapter sits on one layer."""
+    """How one adapter sits on one layer; `key` names the factors that it shares."""
 
+    key: str
     blocks: Blocks
     rank: int
     alpha: float
@@ -53,13 +54,27 @@ class AuroraLinear(nn.Module, AuroraLayer):
         rank: int,
         config: AuroraConfig,
         generator: torch.Generator | None,
+        key: str | None = None,
     ) -> None:
-        factors = cast(ModeFactors, self.factors)
-        factors.require(name, blocks, config, generator)
+        """Give the layer an adapter.
+
+        Args:
+            name: of the adapter.
+            blocks: how the weight is cut.
+            rank: components that it uses.
+            config: of the adapter.
+            generator: of the random start.
+            key: of the factors that it shares; None means those of all blocks of its shape.
+        """
+        factors, key = cast(ModeFactors, self.factors), key or blocks.shape_key
+        # What all branches share must hold the largest of their ranks.
+        r = config.rank if config.sharing == "all" else rank
+        factors.require(name, key, blocks, r, config.core, generator)
         modes = torch.randn(blocks.count, rank, generator=generator)
         self.aurora_modes[name] = nn.Parameter(modes)
         self.aurora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.aurora_placed[name] = Placed(
+            key,
             blocks,
             rank,
             config.alpha,
@@ -121,7 +136,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
         """U, V and the scaled mixers of this layer, in `dtype` (None: as they are)."""
         placed = self.aurora_placed[name]
         factors = cast(ModeFactors, self.factors)
-        u, v, core = factors.of(name, placed.blocks.shape_key, placed.rank)
+        u, v, core = factors.of(name, placed.key, placed.rank)
         m = mixers(core, self.aurora_modes[name], placed.interleaved, placed.blocks.columns == 1)
         if placed.alpha != 1:
             m = m * placed.alpha

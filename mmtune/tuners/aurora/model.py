@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from torch import nn
 
 from mmtune.backbones.base import Backbone, Site
-from mmtune.tuners.aurora.factors import AuroraLayer, ModeFactors, cut
+from mmtune.backbones.fusions import Fusion
+from mmtune.tuners.aurora.config import AuroraConfig
+from mmtune.tuners.aurora.factors import AuroraLayer, ModeFactors, cut, sharing_key
+from mmtune.tuners.aurora.fusing import FusedLayer, settle
 from mmtune.tuners.aurora.layer import AuroraLinear
 from mmtune.tuners.sited import SitedTuner, require_linear
 
-# PEFT skips modules whose name holds its prefix when it deletes an adapter; this one must be
-# visited.
-FACTORS = "mode_factors"
+# PEFT skips modules whose name holds its prefix when it deletes an adapter; these must be visited.
+FACTORS, FUSED = "mode_factors", "mode_fusion"
 
 
 class AuroraModel(SitedTuner):
-    """Injects `AuroraLinear` at the chosen sites and one `ModeFactors` in the model.
+    """Injects `AuroraLinear` at the chosen sites, and in the model's root what they share.
+
+    The root holds one `ModeFactors`, and a `FusedLayer` for each layer with a gate or a context.
 
     Source: arXiv 2305.08381; the equations are in `AuroraConfig`.
     """
@@ -38,20 +43,43 @@ class AuroraModel(SitedTuner):
                 f"adapted branches ({', '.join(config.branches)})"
             )
 
-    def _choose(self, backbone: Backbone, config: Any) -> Sequence[Site]:
+    def _choose(self, backbone: Backbone, config: Any) -> Sequence[Any]:
         chosen = backbone.select(config.branches, config.sites, config.layers)
         require_linear(chosen, "aurora")
-        return chosen
+        fusions = settle(backbone, config)
+        reading = [fusion for fusion in fusions if fusion.words]
+        self._last_reading = reading[-1] if reading else None
+        return [*chosen, *fusions]
 
-    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site) -> nn.Module:
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, config in self.peft_config.items():
+            if kept := cast(AuroraConfig, config).kept():
+                raise ValueError(
+                    f"AURORA cannot be merged: adapter {name!r} changes hidden states by its "
+                    f"{' and '.join(kept)}, which no weight can hold. Use it unmerged, or train an "
+                    "adapter with gate: off and context: off."
+                )
+
+    def _adapt(self, config: Any, adapter_name: str, target: Any, site: Site | Fusion) -> nn.Module:
+        if isinstance(site, Fusion):
+            self._fuse(config, adapter_name, site)
+            return target
         factors = self._attach(FACTORS, ModeFactors)
         factors.add_adapter(adapter_name)
         layer = target if isinstance(target, AuroraLinear) else AuroraLinear(target, factors)
         base: Any = layer.get_base_layer()
         blocks = cut(site, base.out_features, base.in_features)
-        layer.add_adapter(
-            adapter_name, blocks, config.rank_of(site.branch), config, self._generator
-        )
+        rank, key = config.rank_of(site.branch), sharing_key(config.sharing, site, blocks)
+        layer.add_adapter(adapter_name, blocks, rank, config, self._generator, key)
         for part in (layer, factors):
             self._settle(part, adapter_name, base.weight.device)
         return layer
+
+    def _fuse(self, config: Any, adapter_name: str, fusion: Fusion) -> None:
+        """Give a layer with cross-attention its gate and context."""
+        name = f"{FUSED}_{fusion.branch}_{fusion.layer}"
+        layer = self._attach(name, partial(FusedLayer, fusion))
+        layer.add_adapter(adapter_name, config, fusion == self._last_reading, self._generator)
+        device = next(fusion.module.parameters(), next(self.model.parameters())).device
+        self._settle(layer, adapter_name, device)

@@ -49,6 +49,21 @@ def score(images: Tensor, texts: Tensor, groups: Sequence[int]) -> dict[str, dic
     Shape:
         images, texts [n, e].
     """
+    similarity = images.float().cpu() @ texts.float().cpu().T
+    return recalls(similarity.T, similarity, groups)
+
+
+def recalls(txt2img: Tensor, img2txt: Tensor, groups: Sequence[int]) -> dict[str, dict[str, float]]:
+    """As `score`, of scores that are there already.
+
+    Args:
+        txt2img: of every text (row) with every image.
+        img2txt: of every image (row) with every text.
+        groups: n numbers, of the texts.
+
+    Shape:
+        txt2img, img2txt [n, n].
+    """
     import numpy as np
 
     from mmtune.metrics.recall import RetrievalRanks, rank_queries, retrieval_metrics
@@ -57,10 +72,9 @@ def score(images: Tensor, texts: Tensor, groups: Sequence[int]) -> dict[str, dic
     for pair, group in enumerate(groups):
         members.setdefault(group, []).append(pair)
     right = [members[group] for group in groups]
-    similarity = images.float().cpu() @ texts.float().cpu().T
     ranks = RetrievalRanks(
-        txt2img=rank_queries(similarity.T, right),
-        img2txt=rank_queries(similarity, right),
+        txt2img=rank_queries(txt2img, right),
+        img2txt=rank_queries(img2txt, right),
         owner=np.arange(len(right)),
     )
     found = retrieval_metrics(ranks)

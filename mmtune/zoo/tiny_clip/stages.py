@@ -117,7 +117,7 @@ def train_pupil(
             "sentence": torch.nn.Linear(recipe.text_width, SENTENCE_WIDTH),
         }
     ).to(device)
-    _drop_paths(model, recipe.path_drop)
+    drop_paths(model, recipe.path_drop)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     parts = torch.nn.ModuleList([model, heads])
     optimizer = torch.optim.AdamW(
@@ -230,8 +230,8 @@ def pupil_losses(
     }
 
 
-def _drop_paths(model: Any, chance: float) -> None:
-    """Stochastic depth in training: a layer's change is left out for some samples."""
+def drop_paths(model: Any, chance: float) -> None:
+    """Stochastic depth of `model.vision_model` in training: samples go without a layer's change."""
     import torch
 
     def hook(module: nn.Module, inputs: tuple, output: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What an adapter or a fine-tune has learned: factors, spectra, decompositions, compression."""

@@ -1,0 +1,161 @@
+"""Backbones that write text: answers, captions, and how likely a given text is."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mmtune.backbones.base import Backbone, PairEmbeddings, forward_through
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mmtune.backbones.generation import Decoding
+
+READ = ("pixel_values", "input_ids", "attention_mask")  # what `Generative.read` takes of a batch
+
+
+class Generative(Backbone):
+    """A backbone that writes text. It embeds no pairs, and its pair methods say so.
+
+    What a text goes on from is read once and may serve several texts: `read` gives the context of b
+    prompts, `continued` scores target texts after it, `written` writes new ones. These three take
+    the stock model and call its parts; a training step goes through `target_logits`.
+
+    Attributes:
+        instead: what to use for retrieval, completing "... embeds no pairs; for retrieval use".
+        reads_videos: whether `read` takes frames, [b, f, 3, s, s].
+    """
+
+    instead: ClassVar[str] = "a CLIP, SigLIP or open_clip model"
+    reads_videos: ClassVar[bool] = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether this model has a decoder; a family may have classes without."""
+        return True
+
+    @property
+    def templates(self) -> Mapping[str, str]:
+        """Prompts by task: `question` with {question} in it, and `caption`."""
+        return {"question": "{question}", "caption": ""}
+
+    @property
+    @abstractmethod
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end a text; the first ends a target."""
+
+    @property
+    def pad(self) -> int:
+        """The id that fills up rows; masks tell padding from tokens."""
+        config: Any = self.model.config
+        found = config.text_config.pad_token_id
+        return self.ends[0] if found is None else int(found)
+
+    @abstractmethod
+    def prompts(
+        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None
+    ) -> dict[str, Tensor]:
+        """Texts (templates filled in) as {input_ids [b, t], attention_mask [b, t]} on the CPU.
+
+        Args:
+            tokenizer: of the model.
+            texts: one for each image; a family whose image has a place among the words marks it
+                with <image>.
+            limit: tokens at most, where a longer text may lose its end.
+        """
+
+    def targets(
+        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None, after: str = ""
+    ) -> dict[str, Tensor]:
+        """Texts to be written as {target_ids [n, t], target_mask [n, t]}, with their end tokens.
+
+        Args:
+            tokenizer: of the model.
+            texts: without begin and end.
+            limit: tokens at most, the end included; longer ones are cut.
+            after: a prompt that they follow; only its last character matters.
+        """
+        from mmtune.backbones.generation import after_prompt, padded
+
+        spaced = [after_prompt(tokenizer, after, text) for text in texts]
+        rows = tokenizer(spaced, add_special_tokens=False)["input_ids"] if spaced else []
+        kept = None if limit is None else max(limit - 1, 0)
+        ids, mask = padded([[*row[:kept], self.ends[0]] for row in rows], self.pad)
+        return {"target_ids": ids, "target_mask": mask}
+
+    @abstractmethod
+    def read(
+        self, stock: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[str, Tensor]:
+        """What the decoder goes on from: tensors [b, ...] that only this family understands.
+
+        Args:
+            stock: the unwrapped model.
+            pixel_values: [b, 3, s, s].
+            input_ids: [b, t] as `prompts` makes them.
+            attention_mask: [b, t].
+        """
+
+    @abstractmethod
+    def continued(
+        self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        """[n, t, v]: the scores from which each target token [n, t] is predicted.
+
+        Args:
+            stock: the unwrapped model.
+            context: of n prompts, or rows of such a context.
+            target_ids: [n, t] as `targets` makes them.
+            target_mask: [n, t].
+        """
+
+    @abstractmethod
+    def written(self, stock: Any, context: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
+        """[b, m]: ids of new tokens only; what follows an end token is padding."""
+
+    def stock_of(self, model: nn.Module) -> Any:
+        """The unwrapped model inside `model`."""
+        return next(m for m in model.modules() if isinstance(m, type(self.model)))
+
+    def target_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """[n, t, v] scores of the target tokens, as one forward pass of the (wrapped) model.
+
+        Args:
+            model: possibly wrapped.
+            batch: {pixel_values, input_ids, attention_mask} of b prompts, {target_ids, target_mask}
+                of n targets, and owner [n]: the prompt that each target follows.
+        """
+        stock = self.stock_of(model)
+
+        def compute(owner: Tensor, target_ids: Tensor, target_mask: Tensor, **read: Any) -> Tensor:
+            context = self.read(stock, **read)
+            rows = {name: value[owner] for name, value in context.items()}
+            return self.continued(stock, rows, target_ids, target_mask)
+
+        names = (*READ, "target_ids", "target_mask", "owner")
+        return forward_through(model, stock, compute, **{name: batch[name] for name in names})
+
+    def generate(self, model: nn.Module, batch: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
+        """[b, m] ids of what is written after the prompts of `batch`; see `written`."""
+        stock = self.stock_of(model)
+        context = self.read(stock, **{name: batch[name] for name in READ})
+        return self.written(stock, context, decoding)
+
+    def embed_pairs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairEmbeddings:
+        raise self._embeds_nothing()
+
+    def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        raise self._embeds_nothing()
+
+    def encode_text(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        raise self._embeds_nothing()
+
+    def _embeds_nothing(self) -> TypeError:
+        return TypeError(
+            f"{type(self.model).__name__} writes text (answers, captions) and embeds no pairs; "
+            f"for retrieval use {self.instead}"
+        )

@@ -1,0 +1,74 @@
+"""Losses of texts, and what tasks on models that write share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from mmtune.backbones.generative import Generative
+from mmtune.tasks.losses import Gathered
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmtune.backbones.base import Loaded
+
+
+def writer_of(loaded: Loaded, task: str) -> Generative:
+    """The backbone of a model that writes text.
+
+    Raises:
+        ValueError: it does not, or came without a tokenizer.
+    """
+    backbone = loaded.backbone
+    if not isinstance(backbone, Generative) or not backbone.writes:
+        raise ValueError(
+            f"task {task} needs a model that writes text, and {loaded.name} is a "
+            f"{type(loaded.model).__name__}. Use BlipForQuestionAnswering (zoo:tiny-blip@vqa), "
+            "BlipForConditionalGeneration (zoo:tiny-blip@caption), BLIP-2 or LLaVA."
+        )
+    if loaded.tokenizer is None:
+        raise ValueError(f"{loaded.name} was loaded without its tokenizer; set Loaded.tokenizer")
+    return backbone
+
+
+def text_losses(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[n] negative log-likelihood of each target text, summed over its tokens.
+
+    Args:
+        logits: [n, t, v] scores of the target tokens.
+        ids: [n, t].
+        mask: [n, t], 0 for padding.
+        smoothing: share of the target's probability that is spread over all v tokens.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(
+            exact.flatten(0, 1), ids.flatten(), reduction="none", label_smoothing=smoothing
+        )
+        return (losses.view(ids.shape) * mask).sum(1)
+
+
+def joint_mean(total: Tensor, count: int) -> Tensor:
+    """A process's part of (sum of all totals) / (sum of all counts), times the processes.
+
+    DistributedDataParallel averages gradients over processes: with this loss they are those of the
+    mean over the joint batch, also where processes hold different counts.
+    """
+    every = Gathered(count, total.device)
+    return every.world * total / every.total
+
+
+def filled(template: str, **values: str) -> str:
+    """A template with {name} replaced; other braces stay as they are."""
+    for name, value in values.items():
+        template = template.replace(f"{{{name}}}", value)
+    return template
+
+
+def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """The tensors of a batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}

@@ -1,0 +1,300 @@
+"""What tasks on images with captions share: data, galleries of a split, recall both ways."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from mmtune.data.options import DataOptions
+from mmtune.data.records import DataError, MediaRef, Problem, Record
+from mmtune.data.texts import normalised, report_too_long
+from mmtune.data.transforms import AugmentOptions, EvalTransform, TrainTransform
+from mmtune.tasks.base import (
+    Evaluation,
+    GalleryItem,
+    Metric,
+    Task,
+    chunks,
+    device_of,
+    dtype_of,
+    evaluating,
+    first_process,
+    require_same_split,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
+
+    from mmtune.backbones.base import Loaded
+    from mmtune.data.pairs import NoPairs, Pair, PairDataset
+    from mmtune.metrics.recall import RetrievalRanks
+
+DECODERS = 4  # threads; decoding and resizing leave Python's lock
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Settings of every task on images with captions.
+
+    Attributes:
+        captions: "sampled" trains on one caption per image and epoch, in turns; "all" on all pairs.
+        identical: "positive": equal captions (normalised text) match each other's images, in the
+            loss and in evaluation, and so do captions of one image in the loss. "distinct": only
+            the given pairs match, as in published results on COCO and Flickr30k.
+        augment: random changes to training images; null trains on the evaluation transform.
+        eval_batch_size: images or texts embedded at once.
+        resamples: bootstrap draws behind the intervals.
+    """
+
+    captions: Literal["sampled", "all"] = "sampled"
+    identical: Literal["positive", "distinct"] = "positive"
+    augment: AugmentOptions | None = field(default_factory=AugmentOptions)
+    eval_batch_size: Annotated[int, Field(ge=1)] = 128
+    resamples: Annotated[int, Field(ge=100)] = 2000
+
+
+class Gallery:
+    """The images and captions of a split, and which of them match.
+
+    Attributes:
+        records: one per image.
+        captions: of all images, in order.
+        owner: index of the image that each caption belongs to.
+        images_of: for each caption, the images that are right answers.
+        captions_of: for each image, the captions that are right answers.
+    """
+
+    def __init__(self, records: Sequence[Record], identical: str) -> None:
+        self.records = records
+        self.captions = [c for r in records for c in r.captions]
+        self.owner = [i for i, r in enumerate(records) for _ in r.captions]
+        alike = identical == "positive"
+        keys = [normalised(c) if alike else str(n) for n, c in enumerate(self.captions)]
+        images: dict[str, set[int]] = {}
+        texts: dict[str, set[int]] = {}
+        for number, (key, image) in enumerate(zip(keys, self.owner, strict=True)):
+            images.setdefault(key, set()).add(image)
+            texts.setdefault(key, set()).add(number)
+        self.images_of = [sorted(images[key]) for key in keys]
+        found: list[set[int]] = [set() for _ in records]
+        for key, image in zip(keys, self.owner, strict=True):
+            found[image] |= texts[key]
+        self.captions_of = [sorted(f) for f in found]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The features of a gallery, each image and each distinct caption once.
+
+    Attributes:
+        images: [n, e], L2-normalised, in float32.
+        texts: [m, e], as images, of the distinct captions in order of their first place.
+        distinct: the distinct captions.
+        text_of: [c], for each caption of the gallery, which of them it is.
+    """
+
+    images: Tensor
+    texts: Tensor
+    distinct: list[str]
+    text_of: list[int]
+
+
+class PairTask(Task):
+    """A task on images with captions, evaluated by recall both ways.
+
+    Args:
+        options: a `PairOptions`.
+        data: train, val and test sources; every image is decoded once here, before training.
+        loaded: the model with its tokenizer and image specification.
+        seed: of augmentation and of the order in which captions take turns.
+        progress: draw a progress bar while checking the data.
+
+    Raises:
+        DataError: bad records, with `on_error: raise`; or a source that cannot be read.
+    """
+
+    videos: ClassVar[bool] = False  # whether records are about videos
+
+    def __init__(
+        self,
+        options: Any,
+        data: DataOptions,
+        loaded: Loaded,
+        seed: int,
+        progress: bool = True,
+    ) -> None:
+        from mmtune.data.checking import load_data
+
+        self.settings, self.loaded, self.seed = options, loaded, seed
+        self.splits = load_data(data, progress and first_process(), videos=self.videos)
+        self.data_files = [f for split in self.splits.values() for f in split.files]
+        self.truncated = report_too_long(
+            (c for s in self.splits.values() for r in s.records for c in r.captions),
+            loaded.count_tokens,
+            loaded.context_length,
+        )
+        self.eval_transform = EvalTransform(loaded.image)
+        self._galleries: dict[str, Gallery] = {}
+        self._pairs = self._train_pairs()
+        self.train_dataset: Dataset = self._pairs
+
+    def _train_pairs(self) -> PairDataset | NoPairs:
+        from mmtune.data.pairs import NoPairs, PairDataset
+
+        if "train" not in self.splits:
+            return NoPairs()
+        records = self._records("train")
+        return PairDataset(records, self._train_pixels(), self.settings.captions, self.seed)
+
+    def _train_pixels(self) -> Callable[[MediaRef, int, int], Tensor]:
+        """(image, epoch, index) -> [3, s, s]."""
+        if self.settings.augment is None:
+            return lambda ref, epoch, index: self._eval_pixels(ref)
+        from mmtune.data.images import load_image
+
+        transform = TrainTransform(self.loaded.image, self.settings.augment, self.seed)
+        return lambda ref, epoch, index: transform(load_image(ref), epoch, index)
+
+    def _records(self, split: str) -> list[Record]:
+        if split not in self.splits:
+            have = ", ".join(self.splits) or "none"
+            raise DataError([Problem("config", f"data.{split} is not set", f"there are: {have}")])
+        return self.splits[split].records
+
+    def gallery_of(self, split: str) -> Gallery:
+        """The images and captions of a split, and which match."""
+        if split not in self._galleries:
+            self._galleries[split] = Gallery(self._records(split), self.settings.identical)
+        return self._galleries[split]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the captions and augmentation of `epoch`."""
+        self._pairs.epoch = epoch
+
+    def collate(self, samples: Sequence[Pair]) -> dict[str, Tensor]:
+        """Pairs -> {pixel_values [b, 3, s, s], input_ids [b, t], attention_mask?, groups [b, 2]}.
+
+        A row of groups is (image, normalised text) as numbers: pairs that share one match.
+        """
+        import torch
+
+        groups = torch.tensor([[s.image, s.text] for s in samples], dtype=torch.int64)
+        return {
+            "pixel_values": torch.stack([s.pixels for s in samples]),
+            **self.loaded.tokenize([s.caption for s in samples]),
+            "groups": groups,
+        }
+
+    def evaluate(self, model: nn.Module, split: str = "test", progress: bool = True) -> Evaluation:
+        """Recall both ways over all images and captions of a split.
+
+        Each image and each distinct caption is embedded once. Scores are cosines in float32, ranked
+        on the model's device a chunk of queries at a time; ties count as `mmtune.metrics.recall`
+        says. What ranks checkpoints is the mean recall of the last ranking.
+        """
+        from tqdm.auto import tqdm
+
+        from mmtune.metrics.recall import retrieval_metrics
+
+        started = time.perf_counter()
+        gallery = self.gallery_of(split)
+        with (
+            evaluating(model),
+            tqdm(total=0, desc=f"evaluate {split}", unit="item", disable=not progress) as bar,
+        ):
+            embedded = self._embed(model, gallery, bar)
+            ranks = self._rank(model, gallery, embedded, bar)
+        metrics = {
+            f"{name}{label}": metric
+            for label, of in ranks.items()
+            for name, metric in retrieval_metrics(of, self.settings.resamples).items()
+        }
+        seconds = time.perf_counter() - started
+        primary = f"mean{next(reversed(ranks))}"
+        return Evaluation(metrics, primary, {"split": split, "ranks": ranks}, seconds)
+
+    def _embed(self, model: nn.Module, gallery: Gallery, bar: Any) -> Embedded:
+        import torch
+
+        distinct = list(dict.fromkeys(gallery.captions))
+        number = {text: i for i, text in enumerate(distinct)}
+        bar.total += 2 * len(gallery.records) + len(distinct) + len(gallery.captions)
+        images = torch.cat(list(self._embed_images(model, gallery.records, bar)))
+        texts = torch.cat(list(self._embed_texts(model, distinct, bar)))
+        return Embedded(images, texts, distinct, [number[c] for c in gallery.captions])
+
+    def _rank(
+        self, model: nn.Module, gallery: Gallery, embedded: Embedded, bar: Any
+    ) -> dict[str, RetrievalRanks]:
+        """What is appended to the names of metrics -> the ranks that they are of."""
+        import numpy as np
+
+        from mmtune.metrics.recall import RetrievalRanks, Scores, rank_queries
+
+        images, captions = embedded.images, embedded.texts[embedded.text_of]
+        txt2img = rank_queries(Scores(captions, images), gallery.images_of, progress=bar.update)
+        img2txt = rank_queries(Scores(images, captions), gallery.captions_of, progress=bar.update)
+        return {"": RetrievalRanks(txt2img, img2txt, np.asarray(gallery.owner))}
+
+    def _embed_images(
+        self, model: nn.Module, records: Sequence[Record], bar: Any
+    ) -> Iterator[Tensor]:
+        for batch in self._pixels(model, records):
+            yield self._image_features(model, batch).float()
+            bar.update(len(batch))
+
+    def _image_features(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """What `_pixels` gives -> [b, e], L2-normalised."""
+        return self.loaded.backbone.encode_image(model, pixels)
+
+    def _pixels(self, model: nn.Module, records: Sequence[Record]) -> Iterator[Tensor]:
+        """[b, 3, s, s] of the images in order, on the model's device and in its dtype."""
+        import torch
+
+        device, dtype = device_of(model), dtype_of(self.loaded.model)
+        with ThreadPoolExecutor(DECODERS) as pool:
+            for chunk in chunks(records, self.settings.eval_batch_size):
+                pixels = pool.map(lambda r: self._eval_pixels(r.image), chunk)
+                yield torch.stack(list(pixels)).to(device, dtype)
+
+    def _eval_pixels(self, ref: MediaRef) -> Tensor:
+        """[3, s, s] of one image."""
+        from mmtune.data.images import load_image
+
+        return self.eval_transform(load_image(ref))
+
+    def _embed_texts(self, model: nn.Module, texts: Sequence[str], bar: Any) -> Iterator[Tensor]:
+        device = device_of(model)
+        for chunk in chunks(texts, self.settings.eval_batch_size):
+            tokens = {k: v.to(device) for k, v in self.loaded.tokenize(chunk).items()}
+            yield self.loaded.backbone.encode_text(model, **tokens).float()
+            bar.update(len(chunk))
+
+    def compare(self, before: Evaluation, after: Evaluation) -> dict[str, Metric]:
+        """The gain of every metric, with intervals from the same draws of images for both."""
+        from mmtune.metrics.recall import paired_differences
+
+        require_same_split(before, after)
+        one, two = before.details["ranks"], after.details["ranks"]
+        return {
+            f"{name}{label}": metric
+            for label in one
+            for name, metric in paired_differences(
+                one[label], two[label], self.settings.resamples
+            ).items()
+        }
+
+    def gallery(self, before: Evaluation, after: Evaluation, limit: int = 12) -> list[GalleryItem]:
+        """Queries whose first three answers changed: gains, then losses; see `changed_queries`."""
+        from mmtune.tasks.retrieval_gallery import changed_queries
+
+        require_same_split(before, after)
+        split = self.gallery_of(before.details["split"])
+        ranks = [next(reversed(e.details["ranks"].values())) for e in (before, after)]
+        return changed_queries(split, ranks[0], ranks[1], limit)
