@@ -199,7 +199,9 @@ def build(wheel: Path, out: Path, held: int, seed: int) -> dict[str, Any]:
     """
     with zipfile.ZipFile(wheel) as opened:
         trained, test = (read_items(opened, part) for part in ("train", "test"))
-        licence = next(n for n in opened.namelist() if n.endswith(".dist-info/LICENSE"))
+        licence = next((n for n in opened.namelist() if n.endswith(".dist-info/LICENSE")), None)
+        if licence is None:
+            raise EasyVqaError(f"{wheel}: no LICENSE. Expected the wheel of easy-vqa 1.0.")
         text = opened.read(licence).decode("utf-8")
     if not 0 < held < len(trained):
         raise EasyVqaError(f"val must have 1 to {len(trained) - 1} images, got {held}. Try 400.")

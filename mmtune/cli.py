@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editing.commands import add_commands as add_editing
 from mmtune.analysis.commands import add_commands as add_analysis
 from mmtune.tables import (
     LISTED,
@@ -17,7 +18,6 @@ from mmtune.tables import (
     new_table,
     parameter_table,
     results_table,
-    sheet_table,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; 1 where a part of a comparison failed; 2 for what the user can mend; 130 after Ctrl-C.
+        0; 1 where a part failed or an audit found defects; 2 for what the user can mend; 130 after
+        Ctrl-C.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -129,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", default="bert-base-uncased", help="folder or hub name (default: %(default)s)"
     )
 
-    add_analysis(lambda name, summary: _command(commands, name, _show, summary))
+    for add in (add_analysis, add_editing):
+        add(lambda name, summary: _command(commands, name, _show, summary))
 
     listing = _command(commands, "list", _list, "show what there is")
     listing.add_argument("what", nargs="?", choices=tuple(LISTED), help="what to list")
@@ -330,12 +332,13 @@ def _convert(options: argparse.Namespace) -> int:
     return FAILED
 
 
-def _show(options: argparse.Namespace) -> None:
+def _show(options: argparse.Namespace) -> int:
     shown = options.show(options)
-    for sheet in shown.sheets:
-        _print(sheet_table(sheet))
+    for table in shown.tables:
+        _print(table)
     for line in shown.lines:
         print(line)
+    return shown.code
 
 
 def _list(options: argparse.Namespace) -> None:

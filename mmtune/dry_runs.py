@@ -10,11 +10,11 @@ from __future__ import annotations
 import glob
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from mmtune.rehearsal import DATA, LISTS, memory_of, stand_in
+from mmtune.rehearsal import DATA, listed, memory_of, stand_in
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -175,18 +175,18 @@ def _source(key: str, source: SourceOptions) -> Iterator[Need]:
         elif source.format == "datasets" and name.endswith("path"):
             yield Need(name, path, "fetched", "no folder of that name: a repository of the hub")
         else:
-            yield Need(name, path, "missing", f"{source.format}: no such file or folder")
+            text = f"{source.format}: no such file or folder; put it there, or set {name}"
+            yield Need(name, path, "missing", text)
 
 
 def _task_files(config: RunConfig) -> Iterator[Need]:
-    """Files that task options name: texts with the ending of a list."""
-    options: Any = config.task_options
-    for field in fields(options) if is_dataclass(options) else ():
-        value = getattr(options, field.name)
-        if isinstance(value, str) and value.endswith(LISTS):
-            there = Path(value).is_file()
-            text = "" if there else "no such file"
-            yield Need(f"task.{field.name}", value, "here" if there else "missing", text)
+    """Files of lists that task options name."""
+    for name, path in listed(config.task_options).items():
+        key = f"task.{name}"
+        if Path(path).is_file():
+            yield Need(key, path, "here")
+        else:
+            yield Need(key, path, "missing", f"no such file; put it there, or set {key}")
 
 
 def without_repeats(needs: list[Need]) -> list[Need]:

@@ -5,8 +5,9 @@ no numbers. Every storage that an operation makes is counted from its making to 
 autograd saves, what activation checkpointing recomputes and what autocast copies is counted as it
 happens. Weights and the optimiser's state are added by their sizes.
 
-Not counted: what a GPU library works in, the allocator's rounding and fragments, and the CUDA
-context. Operations are those of the CPU, whose fused attention keeps what the GPU's keeps.
+Not counted: what a GPU library works in, the allocator's rounding and fragments, the CUDA context,
+and that later steps read a queue of features which the first finds empty. Operations are those of
+the CPU, whose fused attention keeps what the GPU's keeps.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmtune.device import checkpoint_activations
-from mmtune.tuners.hooks import JoinedHooks
-from mmtune.tuners.registry import hooks_for
+from mmtune.training import hooks_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,9 +44,10 @@ class MemoryEstimate:
     Attributes:
         weights: parameters and buffers of the model.
         optimizer: AdamW's two moments of what is trained.
-        state: what method and task keep between steps (a momentum encoder, a queue).
+        state: what method and task keep from the start (a momentum encoder).
         gradients: of what is trained.
-        activations: the rest of the peak: inputs, what the backward pass needs, and its own.
+        activations: the rest of the peak: inputs, what the backward pass needs, its own, and what
+            the step begins to keep (a queue).
     """
 
     weights: int
@@ -137,9 +138,7 @@ def estimate_memory(
         task.before_training(model)
         task.set_epoch(0)
         trained = [p for p in model.parameters() if p.requires_grad]
-        hooks = JoinedHooks(
-            {"method": hooks_for(model, STEPS, seed), "task": task.hooks(model, STEPS)}
-        )
+        hooks = hooks_of(model, task, STEPS, seed)
         state = live.live
         hooks.before_step(1)
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
@@ -179,6 +178,6 @@ def _imagine(model: nn.Module) -> None:
 
 
 def _bytes(tensors: list[Any]) -> int:
-    """Of every storage once: tied weights share theirs."""
+    """Of every tensor once, however often it is named: tied weights are."""
     sizes = {id(t): t.numel() * t.element_size() for t in tensors}
     return sum(sizes.values())

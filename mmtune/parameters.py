@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # What PEFT puts before the path of a module inside the stock model.
 _PREFIXES = ("base_model.model.", "base_model.")
-_NUMBER = re.compile(r"_\d+(?=\.)")
+_NUMBER = re.compile(r"_\d+(?=[._])")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, sites: Sequence[Site]) -> list[ParameterG
 
     Returns:
         Groups in the order of the model; what sits on no site is in the branch "shared", with its
-        tensor's name as role, in which a module's number is "*".
+        tensor's name as role, in which the number of a layer is "*".
     """
     paths = {site.path: site for site in sites}
     groups: dict[tuple[str, str], list[int]] = {}

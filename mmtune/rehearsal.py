@@ -7,6 +7,7 @@ nothing. `stand_in` makes the config that it trains; `mmtune train --dry-run` us
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -43,7 +44,7 @@ class Rehearsal:
         name: of the config.
         model: the architecture, and `method` and `task` what was done with it.
         steps: optimiser steps.
-        batch: samples of one optimiser step on this process.
+        batch: samples of one optimiser step.
         step_seconds: the median step, without waiting for data; `samples_per_second` follows.
         seconds: of all steps, waiting for data included.
         trainable, total: parameters.
@@ -89,7 +90,6 @@ def stand_in(config: RunConfig, folder: Path, count: int) -> RunConfig:
         raise ValueError(
             f"there is no made-up data for the task {config.task!r}; there is for {', '.join(DATA)}"
         )
-
     train = SourceOptions("synthetic", str(folder / "films"), name=DATA[config.task], limit=count)
     return replace(
         config,
@@ -103,17 +103,17 @@ def _with_lists(options: Any, folder: Path) -> Any:
     """Task options whose answer lists are made up too."""
     from mmtune.data.readers.synthetic import ANSWERS
 
-    if not is_dataclass(options) or isinstance(options, type):
-        return options
-    named = {f.name: getattr(options, f.name) for f in fields(options)}
-    lists = {
-        name: str(folder / f"{name}.json")
-        for name, value in named.items()
-        if isinstance(value, str) and value.endswith(LISTS)
-    }
+    lists = {name: str(folder / f"{name}.json") for name in listed(options)}
     for path in lists.values():
         write_json(Path(path), ANSWERS)
-    return replace(options, **lists)
+    return replace(options, **lists) if lists else options
+
+
+def listed(options: Any) -> dict[str, str]:
+    """Task options that name the file of a list, such as that of answers: option -> file."""
+    names = [field.name for field in fields(options)] if is_dataclass(options) else []
+    named = {name: getattr(options, name) for name in names}
+    return {k: v for k, v in named.items() if isinstance(v, str) and v.endswith(LISTS)}
 
 
 def rehearse(
@@ -129,15 +129,22 @@ def rehearse(
         tell: receives one line before each stage that takes time.
 
     Raises:
-        ValueError: a task or architecture that is not known here; fewer than 1 step.
+        ValueError: a task or architecture that is not known here; fewer than 1 step; more than one
+            process.
         TrainingError: see `mmtune.training.train`.
     """
-    from mmtune.finetuning import prepare, wrap
+    from mmtune.finetuning import prepare, run_manifest, wrap
     from mmtune.parameters import counts
     from mmtune.training import train
 
     if steps < 1:
         raise ValueError(f"--steps must be at least 1, got {steps}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ValueError(
+            f"a rehearsal measures one process, but {processes} were started; start it by itself, "
+            "without torchrun or accelerate launch."
+        )
     training = config.training
     batch = training.batch_size * training.accumulation
     short = replace(
@@ -182,7 +189,7 @@ def rehearse(
         estimate=expected if isinstance(expected, str) else expected.total,
         first_loss=losses[0],
         last_loss=losses[-1],
-        manifest=_manifest(made),
+        manifest=run_manifest(made),
     )
     record.parent.mkdir(parents=True, exist_ok=True)
     with record.open("a", encoding="utf-8") as file:
@@ -211,9 +218,3 @@ def memory_of(config: RunConfig) -> MemoryEstimate | str:
 def _losses(metrics: Path) -> list[float]:
     lines = metrics.read_text(encoding="utf-8").splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
-
-
-def _manifest(config: RunConfig) -> dict[str, Any]:
-    from mmtune.finetuning import run_manifest
-
-    return run_manifest(config)

@@ -104,9 +104,9 @@ def memory_table(config: RunConfig, memory: MemoryEstimate | str) -> Table:
     kinds = {
         "weights": "parameters and buffers",
         "optimizer": "AdamW's two moments of what is trained",
-        "state": "what is kept between steps: a momentum encoder, a queue",
+        "state": "what is kept from the start: a momentum encoder",
         "gradients": "of what is trained",
-        "activations": "inputs, what the backward pass needs, and its own",
+        "activations": "inputs, what the backward pass needs, its own, a queue",
     }
     for name, text in kinds.items():
         table.add_row(name, f"{getattr(memory, name) / 2**30:.3f}", text)

@@ -288,6 +288,12 @@ class TaskTrainer(Trainer):
         load_hooks(self.hooks, Path(resume_from_checkpoint))
 
 
+def hooks_of(model: PeftModel, task: Task, steps: int, seed: int) -> TrainingHooks:
+    """What the method and the task do around the steps of a run of so many."""
+    method = hooks_for(model, steps, seed)
+    return JoinedHooks({"method": method, "task": task.hooks(model, steps)})
+
+
 def train(
     model: PeftModel,
     task: Task,
@@ -323,12 +329,7 @@ def train(
     trainer = TaskTrainer(model, task, options, arguments, metrics, progress)
     steps = math.ceil(options.epochs * trainer.steps_per_epoch)
     arguments.max_steps = min(steps, options.max_steps or steps)
-    trainer.hooks = JoinedHooks(
-        {
-            "method": hooks_for(model, arguments.max_steps, seed),
-            "task": task.hooks(model, arguments.max_steps),
-        }
-    )
+    trainer.hooks = hooks_of(model, task, arguments.max_steps, seed)
     found = checkpoints(folder / "checkpoints") if resume else []
     done = _start(trainer, found[-1] if found else None, metrics)
     memory, times = PeakMemory(arguments.device), StepTimes(arguments.device)

@@ -238,6 +238,13 @@ def test_rehearsal_through_the_command_line(capsys):
     assert "--steps must be at least 1" in capsys.readouterr().err
 
 
+def test_rehearsal_is_of_one_process(tmp_path, monkeypatch):
+    config = write_config("retrieval")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process, but 2 were started; start it by itself"):
+        rehearse(config, 1, tmp_path / "rehearsals.jsonl")
+
+
 class TestSynthetic:
     def source(self, name, tmp_path, limit=3):
         return SourceOptions("synthetic", str(tmp_path / "films"), name=name, limit=limit)
@@ -290,9 +297,10 @@ class TestDryRun:
         assert code == 2
         for name in (
             "model.name: ./models/tiny-vqa (no such folder; `mmtune convert blip FILE",
-            "data.train.path and 1 more: none.json (karpathy: no such file or folder)",
+            "data.train.path and 1 more: none.json (karpathy: no such file or folder; "
+            "put it there, or set data.train.path)",
             "data.train.images and 1 more: pictures (",
-            "task.answer_list: list.json (no such file)",
+            "task.answer_list: list.json (no such file; put it there, or set task.answer_list)",
         ):
             assert f"missing: {name}" in err
         assert err.count("missing: ") == 4

@@ -9,21 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mmtune.analysis.tables import Sheet
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a command prints: tables, then lines."""
+class Findings:
+    """What a command prints, tables and then lines, and its exit code."""
 
     sheets: list[Sheet]
     lines: list[str]
+    code: int = 0
+
+    @property
+    def tables(self) -> list[Table]:
+        """The sheets, to be printed."""
+        from mmtune.tables import sheet_table
+
+        return [sheet_table(sheet) for sheet in self.sheets]
 
 
 def add_commands(new: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """Add both commands; `new` makes the parser of a command from its name and summary.
 
-    The parsed options have `show`, which takes them and returns a `Shown`.
+    The parsed options have `show`, which takes them and returns `Findings`.
     """
     analyze = new("analyze", "study the weight updates of a run")
     _add_source(analyze)
@@ -50,12 +60,14 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, nargs="?", metavar="RUN_OR_FOLDER", help="a run, or an adapter folder"
     )
     parser.add_argument("--base", metavar="MODEL", help="base model, where no run names it")
-    parser.add_argument("--tuned", metavar="FOLDER", help="a fully fine-tuned model instead")
+    parser.add_argument(
+        "--tuned", metavar="FOLDER", help="a fully fine-tuned model instead, or its name"
+    )
     parser.add_argument("--starts", type=int, default=3, help="starts of a CP decomposition")
     parser.add_argument("--seed", type=int, default=0, help="seed of its random starts")
 
 
-def _analyze(options: argparse.Namespace) -> Shown:
+def _analyze(options: argparse.Namespace) -> Findings:
     from mmtune.analysis import running, sources, tables
 
     out = running.default_folder(options.source, options.out)
@@ -65,14 +77,14 @@ def _analyze(options: argparse.Namespace) -> Shown:
     found = running.analyze(source, out, budgets, options.starts, options.seed)
     heat = [tables.heat_sheet(heat) for heat in tables.heat_maps(found)]
     lines = [f"page:  {out / running.PAGE}", f"lines: {out / running.LINES}"]
-    return Shown([*heat, *tables.sheets(found)], lines)
+    return Findings([*heat, *tables.sheets(found)], lines)
 
 
-def _compress(options: argparse.Namespace) -> Shown:
+def _compress(options: argparse.Namespace) -> Findings:
     from mmtune.analysis import compressing, sources, tables
 
     settings = (options.out, options.rank, options.core, options.starts)
     compressing.check(*settings)
     source = sources.find(options.source, options.base, options.tuned)
     found = compressing.compress(source, *settings, seed=options.seed)
-    return Shown([tables.compression_sheet(found)], [f"adapter: {options.out}"])
+    return Findings([tables.compression_sheet(found)], [f"adapter: {options.out}"])

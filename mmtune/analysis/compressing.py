@@ -182,7 +182,7 @@ def _set(model: PeftModel, stacks: Sequence[Stack], fits: Sequence[Fit]) -> None
             elif isinstance(module, ModeFactors):
                 groups = (module.aurora_U, module.aurora_V, module.aurora_core)
                 for key, (_, fit) in known.items():
-                    for group, new in zip(groups, factors(fit), strict=False):
+                    for group, new in zip(groups, factors(fit)[:3], strict=True):
                         cast(Any, group[_ADAPTER])[key].copy_(new)
         for stack, fit in known.values():
             for row, block in zip(factors(fit)[3], stack.blocks, strict=True):

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from mmtune.analysis.tables import HeatMap
 
 # How the three curves of a picture differ, without a colour of their own.
-CURVES: tuple[dict[str, Any], ...] = ({"color": LINE, "linestyle": "-", "marker": "o"},
-          {"color": LINE, "linestyle": "--", "marker": "s"},
-          {"color": INK, "linestyle": ":", "marker": "^"})  # fmt: skip
+CURVES: tuple[dict[str, Any], ...] = (
+    {"color": LINE, "linestyle": "-", "marker": "o"},
+    {"color": LINE, "linestyle": "--", "marker": "s"},
+    {"color": INK, "linestyle": ":", "marker": "^"},
+)
 NAMES = {"cp": "CP", "tucker": "Tucker", "svd": "SVD of every block"}
 
 

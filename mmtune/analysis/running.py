@@ -31,6 +31,8 @@ from mmtune.analysis.page import render_page
 from mmtune.runs import RunFolder, manifest, write_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmtune.analysis.components import Learned
     from mmtune.analysis.sources import Source
 
@@ -185,6 +187,11 @@ class _Subject:
         """Tells stacks of other content apart."""
         return hashlib.sha256(self.stack.tensor.contiguous().numpy().tobytes()).hexdigest()
 
+    @cached_property
+    def svd_errors(self) -> Tensor:
+        """Errors of cutting every block at each rank: one decomposition serves all budgets."""
+        return svd_errors(self.stack.tensor)
+
 
 def check(budgets: Sequence[float], starts: int) -> None:
     """ValueError for what `analyze` would refuse, before anything is loaded."""
@@ -204,7 +211,9 @@ def default_folder(path: Path | None, out: Path | None) -> Path:
     if out is not None:
         return out
     if path is None:
-        raise ValueError("--tuned needs --out FOLDER to write the analysis to.")
+        raise ValueError(
+            "what is neither a run nor an adapter folder needs --out FOLDER to write to."
+        )
     return RunFolder(path).path / "analysis"
 
 
@@ -222,7 +231,7 @@ def _plan(
 
 def _fit(subject: _Subject, method: str, rank: int, starts: int, seed: int) -> dict[str, Any]:
     if method == "svd":
-        error = float(svd_errors(subject.stack.tensor)[rank - 1])
+        error = float(subject.svd_errors[rank - 1])
         return {"error": error, "starts": [error]}
     if method == "tucker":
         fit = fit_tucker(subject.frame, rank)

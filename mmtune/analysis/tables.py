@@ -67,7 +67,8 @@ def component_sheet(analysis: Analysis) -> Sheet:
         "learned components",
         ("factors", "components", "hold 90 %", "hold 99 %", "largest"),
         lines,
-        "a component's energy is ||v_r|| ||u_r|| |lambda_r| ||P_r||, as a share of their sum",
+        "a component's energy is the norm of what it adds to all blocks together (with a diagonal "
+        "core ||v_r|| ||u_r|| |lambda_r| ||P_r||), as a share of their sum",
     )
 
 

@@ -142,7 +142,8 @@ class Blip2(Generative):
 
     @property
     def templates(self) -> Mapping[str, str]:
-        return {"question": "Question: {question} Answer:", "caption": "a photo of"}
+        asked = "Question: {question} Answer:"
+        return {"question": asked, "text": asked, "caption": "a photo of"}
 
     @property
     def ends(self) -> list[int]:
@@ -160,16 +161,20 @@ class Blip2(Generative):
         ids, mask = padded(rows, self.pad, left)
         return {"input_ids": ids, "attention_mask": mask}
 
+    def text_prompts(self, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+        return self.prompts(tokenizer, texts)
+
     def read(
-        self, stock: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+        self, stock: Any, pixel_values: Tensor | None, input_ids: Tensor, attention_mask: Tensor
     ) -> dict[str, Tensor]:
         import torch
 
-        words = stock.get_input_embeddings()(input_ids)
-        queries = stock.get_image_features(pixel_values, return_dict=True).pooler_output.to(words)
-        seen = attention_mask.new_ones(queries.shape[:2])
-        embeds = torch.cat([queries, words], dim=1)
-        mask = torch.cat([seen, attention_mask], dim=1)
+        embeds, mask = stock.get_input_embeddings()(input_ids), attention_mask
+        if pixel_values is not None:
+            features = stock.get_image_features(pixel_values, return_dict=True)
+            queries = features.pooler_output.to(embeds)
+            embeds = torch.cat([queries, embeds], dim=1)
+            mask = torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1)
         if stock.config.use_decoder_only_language_model:
             return {"embeds": embeds, "mask": mask}
         encoder = stock.language_model.get_encoder()
@@ -179,12 +184,28 @@ class Blip2(Generative):
     def continued(
         self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
     ) -> Tensor:
+        return self._scores(stock, context, target_ids, target_mask, target_ids.shape[1])
+
+    def everywhere(
+        self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        return self._scores(stock, context, target_ids, target_mask, last=0)
+
+    def _scores(
+        self,
+        stock: Any,
+        context: Mapping[str, Tensor],
+        target_ids: Tensor,
+        target_mask: Tensor,
+        last: int,
+    ) -> Tensor:
+        """Those of the `last` positions of a decoder-only model; 0 means all."""
         lm = stock.language_model
         if not stock.config.use_decoder_only_language_model:
             return mllm_generation.decoded(lm, context, target_ids)
         embed = stock.get_input_embeddings()
         inputs = joined(context, embed, target_ids, target_mask)
-        return lm(**inputs, logits_to_keep=target_ids.shape[1], use_cache=False).logits
+        return lm(**inputs, logits_to_keep=last, use_cache=False).logits
 
     def written(self, stock: Any, context: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
         room = None

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmtune.backbones import unwrapped
 from mmtune.backbones.base import Backbone, PairEmbeddings, forward_through
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ class Generative(Backbone):
 
     @property
     def templates(self) -> Mapping[str, str]:
-        """Prompts by task: `question` with {question} in it, and `caption`."""
+        """Prompts by task: `question` with {question} in it, and `caption`.
+
+        Families that take prompts without an image also say `text`, with {question} in it.
+        """
         return {"question": "{question}", "caption": ""}
 
     @property
@@ -66,6 +70,21 @@ class Generative(Backbone):
             limit: tokens at most, where a longer text may lose its end.
         """
 
+    def text_prompts(self, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The same for prompts that no image goes with; `read` is then given no pixels.
+
+        Raises:
+            TypeError: this family reads every text with an image.
+        """
+        raise TypeError(
+            f"{type(self.model).__name__} reads every text with an image: a question without one "
+            "cannot be asked"
+        )
+
+    def prefaced(self, prompt: str, preface: str) -> str:
+        """A prompt (template filled in) with a text put where the user's words begin."""
+        return preface + prompt
+
     def targets(
         self, tokenizer: Any, texts: Sequence[str], limit: int | None = None, after: str = ""
     ) -> dict[str, Tensor]:
@@ -87,13 +106,14 @@ class Generative(Backbone):
 
     @abstractmethod
     def read(
-        self, stock: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+        self, stock: Any, pixel_values: Tensor | None, input_ids: Tensor, attention_mask: Tensor
     ) -> dict[str, Tensor]:
         """What the decoder goes on from: tensors [b, ...] that only this family understands.
 
         Args:
             stock: the unwrapped model.
-            pixel_values: [b, 3, s, s].
+            pixel_values: [b, 3, s, s]; also [b, f, 3, s, s] where the family reads videos; None
+                for `text_prompts`, where the family has them.
             input_ids: [b, t] as `prompts` makes them.
             attention_mask: [b, t].
         """
@@ -111,13 +131,21 @@ class Generative(Backbone):
             target_mask: [n, t].
         """
 
+    def everywhere(
+        self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        """[n, s, v]: the scores that every token read gives to the next, prompt and image included.
+
+        The last t are those of `continued`. An encoder-decoder scores its decoder's tokens only.
+
+        Raises:
+            TypeError: this family computes the scores of targets only.
+        """
+        raise TypeError(f"{type(self.model).__name__} scores the tokens of its targets only")
+
     @abstractmethod
     def written(self, stock: Any, context: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
         """[b, m]: ids of new tokens only; what follows an end token is padding."""
-
-    def stock_of(self, model: nn.Module) -> Any:
-        """The unwrapped model inside `model`."""
-        return next(m for m in model.modules() if isinstance(m, type(self.model)))
 
     def target_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """[n, t, v] scores of the target tokens, as one forward pass of the (wrapped) model.
@@ -127,7 +155,7 @@ class Generative(Backbone):
             batch: {pixel_values, input_ids, attention_mask} of b prompts, {target_ids, target_mask}
                 of n targets, and owner [n]: the prompt that each target follows.
         """
-        stock = self.stock_of(model)
+        stock: Any = unwrapped(model)
 
         def compute(owner: Tensor, target_ids: Tensor, target_mask: Tensor, **read: Any) -> Tensor:
             context = self.read(stock, **read)
@@ -139,7 +167,7 @@ class Generative(Backbone):
 
     def generate(self, model: nn.Module, batch: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
         """[b, m] ids of what is written after the prompts of `batch`; see `written`."""
-        stock = self.stock_of(model)
+        stock: Any = unwrapped(model)
         context = self.read(stock, **{name: batch[name] for name in READ})
         return self.written(stock, context, decoding)
 

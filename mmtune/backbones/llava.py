@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 IMAGE = "<image>"  # where the image stands in a prompt
+PLACE = f"{IMAGE}\n"  # the same in a turn
 # Kind of language model -> how a turn of its user is put; others are spoken to as Vicuna is.
 TURNS = {
     "qwen2": "<|im_start|>user <image>\n{}<|im_end|>\n<|im_start|>assistant\n",
@@ -72,8 +73,12 @@ class Llava(Generative):
 
     @property
     def templates(self) -> Mapping[str, str]:
-        turn = TURNS.get(self._model.config.text_config.model_type, VICUNA)
-        return {"question": turn.format(SHORTLY), "caption": turn.format(CAPTION)}
+        turn = self._turn
+        return {
+            "question": turn.format(SHORTLY),
+            "text": turn.replace(PLACE, "").format(SHORTLY),
+            "caption": turn.format(CAPTION),
+        }
 
     @property
     def ends(self) -> list[int]:
@@ -99,12 +104,39 @@ class Llava(Generative):
         ids, mask = padded(rows, self.pad, left=True)
         return {"input_ids": ids, "attention_mask": mask}
 
+    def text_prompts(self, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts as they are.
+
+        Raises:
+            ValueError: a text with an <image>.
+        """
+        wrong = next((t for t in texts if IMAGE in t), None)
+        if wrong is not None:
+            raise ValueError(f"a prompt without an image must hold no {IMAGE}, got {wrong!r:.120}")
+        ids, mask = padded(tokenizer(list(texts))["input_ids"], self.pad, left=True)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def prefaced(self, prompt: str, preface: str) -> str:
+        """Behind the image, or else behind what opens the user's turn."""
+        opening = self._turn.partition(PLACE)[0]
+        before, place, after = prompt.partition(PLACE)
+        if place:
+            return before + place + preface + after
+        before, image, after = prompt.partition(IMAGE)
+        if image:
+            return before + image + preface + after
+        if prompt.startswith(opening):
+            return opening + preface + prompt.removeprefix(opening)
+        return preface + prompt
+
     def read(
-        self, stock: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+        self, stock: Any, pixel_values: Tensor | None, input_ids: Tensor, attention_mask: Tensor
     ) -> dict[str, Tensor]:
         import torch
 
         words = stock.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return {"embeds": words, "mask": attention_mask}
         features = stock.get_image_features(pixel_values, return_dict=True).pooler_output
         image = torch.cat(list(features)).to(words)
         here = stock.model.get_placeholder_mask(
@@ -115,9 +147,19 @@ class Llava(Generative):
     def continued(
         self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
     ) -> Tensor:
-        inputs = joined(context, stock.get_input_embeddings(), target_ids, target_mask)
-        states = stock.model.language_model(**inputs, use_cache=False).last_hidden_state
+        states = self._states(stock, context, target_ids, target_mask)
         return stock.lm_head(states[:, -target_ids.shape[1] :])
+
+    def everywhere(
+        self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        return stock.lm_head(self._states(stock, context, target_ids, target_mask))
+
+    def _states(
+        self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        inputs = joined(context, stock.get_input_embeddings(), target_ids, target_mask)
+        return stock.model.language_model(**inputs, use_cache=False).last_hidden_state
 
     def written(self, stock: Any, context: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
         arguments = decoding.arguments(self.ends, self.pad)
@@ -137,6 +179,10 @@ class Llava(Generative):
     @property
     def _model(self) -> Any:
         return self.model
+
+    @property
+    def _turn(self) -> str:
+        return TURNS.get(self._model.config.text_config.model_type, VICUNA)
 
     def _tower(self) -> str | None:
         """Path of the vision transformer; None where it is of a kind without known sites."""

@@ -1,4 +1,4 @@
-"""A call in a process of its own: its memory is its own, and what kills it kills nothing else."""
+"""A call in a process of its own, which can harm no other, or in this one, which starts faster."""
 
 from __future__ import annotations
 
@@ -88,8 +88,13 @@ def _ended(
             setup()
         return Ended(function(*arguments))
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
-        return Ended(error=text, traceback=traceback.format_exc())
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> Ended:
+    """How a call ended by the error that is being handled."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return Ended(error=text, traceback=traceback.format_exc())
 
 
 def _context() -> Any:
@@ -120,8 +125,7 @@ def _child(
     except KeyboardInterrupt:
         os._exit(130)  # the parent was told by the same key and says so
     except BaseException as error:  # such as SystemExit
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
-        ended = Ended(error=text, traceback=traceback.format_exc())
+        ended = _failed(error)
     sending.send(ended)
 
 

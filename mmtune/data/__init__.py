@@ -1,4 +1,4 @@
-"""Image-text data: readers of the formats that people have, one schema inside."""
+"""Images and videos with texts: readers of the formats that people have, one schema inside."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from mmtune.data.records import (
     ImageFile,
     ImageProblem,
     Problem,
+    Question,
     Record,
     TarMember,
+    VideoFile,
 )
 
 __all__ = [
@@ -24,9 +26,11 @@ __all__ = [
     "ImageFile",
     "ImageProblem",
     "Problem",
+    "Question",
     "Record",
     "SourceOptions",
     "TarMember",
+    "VideoFile",
     "check",
     "load_data",
 ]

@@ -14,7 +14,6 @@ from mmtune.data.images import load_image
 from mmtune.data.options import DataOptions, OnError
 from mmtune.data.readers import read, source_files
 from mmtune.data.records import (
-    LISTED,
     DataError,
     ImageProblem,
     MediaRef,
@@ -23,6 +22,7 @@ from mmtune.data.records import (
     Record,
     VideoFile,
     counted,
+    listed,
 )
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def check(
         DataError: on_error is "raise" and there is a problem; or no record is left.
     """
     records, problems = verify(items, progress, name)
-    return _settle({name: (records, problems)}, on_error)[name]
+    return settle({name: (records, problems)}, on_error)[name]
 
 
 def load_data(
@@ -96,7 +96,7 @@ def load_data(
             found[role] = ([], error.problems)
             if options.on_error == "skip":
                 raise
-    checked = _settle(found, options.on_error)
+    checked = settle(found, options.on_error)
     return {
         role: Checked(c.records, c.skipped, source_files(sources[role], role))
         for role, c in checked.items()
@@ -111,9 +111,11 @@ def _require_kind(
             continue
         wrong = None
         if not isinstance(item, kind):
-            wrong = f"it gives {GIVES[type(item)]}, the task needs {GIVES[kind]}"
+            wrong = (
+                f"it gives {GIVES[type(item)]}, the task needs {GIVES[kind]}: set another format"
+            )
         elif isinstance(item.image, VideoFile) and not videos:
-            wrong = "it gives videos, the task needs images"
+            wrong = "it gives videos, the task needs images: set task.name to one for videos"
         if wrong:
             raise DataError([Problem(where, "not what the task needs", wrong)])
 
@@ -121,21 +123,32 @@ def _require_kind(
 def verify(
     items: Iterable[Item | Problem], progress: bool = True, name: str = ""
 ) -> tuple[list[Item], list[Problem]]:
-    """(records whose image decodes, problems), both in the order of the source.
+    """(records whose image or video decodes, problems), both in the order of the source.
 
-    An image that several records share is decoded once.
+    What several records share is decoded once.
+    """
+    every = list(items)
+    wrong = faults((i.image for i in every if not isinstance(i, Problem)), progress, name)
+    verdicts = [_verdict(item, wrong) for item in every]
+    good = [r for r in verdicts if not isinstance(r, Problem)]
+    return good, [p for p in verdicts if isinstance(p, Problem)]
+
+
+def faults(
+    media: Iterable[MediaRef], progress: bool = True, name: str = ""
+) -> dict[Any, ImageProblem | None]:
+    """What is wrong with each image or video, None where nothing is; each is decoded once.
+
+    The keys are the references themselves, but for those into a `datasets.Dataset`.
     """
     from tqdm.auto import tqdm
 
-    every = list(items)
     label = f"checking {name}".strip()
-    media = list({_key(i.image): i.image for i in every if not isinstance(i, Problem)}.values())
+    once = {_key(ref): ref for ref in media}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        wrong = tqdm(pool.map(_fault, media), label, len(media), unit="image", disable=not progress)
-        faults = dict(zip(map(_key, media), wrong, strict=True))
-    verdicts = [_verdict(item, faults) for item in every]
-    good = [r for r in verdicts if not isinstance(r, Problem)]
-    return good, [p for p in verdicts if isinstance(p, Problem)]
+        found = pool.map(_fault, once.values())
+        shown = tqdm(found, label, len(once), unit="image", disable=not progress)
+        return dict(zip(once, shown, strict=True))
 
 
 def _key(ref: MediaRef) -> Any:
@@ -167,23 +180,33 @@ def _verdict(item: Item | Problem, faults: Mapping[Any, ImageProblem | None]) ->
     return item if fault is None else Problem(item.where, fault.reason, fault.text)
 
 
-def _settle(
-    found: Mapping[str, tuple[Sequence[Item], Sequence[Problem]]], on_error: OnError
+def settle(
+    found: Mapping[str, tuple[Sequence[Any], Sequence[Problem]]],
+    on_error: OnError,
+    advice: str = ADVICE,
 ) -> dict[str, Checked]:
-    """Raise all problems at once, or log and count those that are skipped."""
+    """Raise all problems at once, or log and count those that are skipped.
+
+    Args:
+        found: name of a source -> its good records, and what is wrong with the others.
+        on_error: "raise" or "skip".
+        advice: ends the message of the error.
+
+    Raises:
+        DataError: on_error is "raise" and there is a problem; or a source has no record left.
+    """
     problems = [p for _, own in found.values() for p in own]
     if problems and on_error == "raise":
-        raise DataError(problems, ADVICE)
+        raise DataError(problems, advice)
     for name, (records, own) in found.items():
         if own:
             log.warning(
-                "%s: left out %d of %d records (%s): %s%s",
+                "%s: left out %d of %d records (%s): %s",
                 name or "data",
                 len(own),
                 len(own) + len(records),
                 counted(own),
-                "; ".join(str(p) for p in own[:LISTED]),
-                "; ..." if len(own) > LISTED else "",
+                listed(own),
             )
         if not records:
             reason = "all were left out" if own else "the source is empty"

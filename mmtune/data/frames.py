@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Literal
 
 from mmtune.data.images import load_image
+from mmtune.data.options import Count
 from mmtune.data.records import MediaRef, VideoFile
 from mmtune.data.transforms import EvalTransform, TrainTransform
 from mmtune.data.video import load_frames
@@ -31,8 +30,8 @@ class FrameOptions:
         sampling: in training, a "random" time in each segment, or its middle ("uniform").
     """
 
-    frames: Annotated[int, Field(ge=1)] = 8
-    eval_frames: Annotated[int, Field(ge=1)] = 8
+    frames: Count = 8
+    eval_frames: Count = 8
     sampling: Literal["random", "uniform"] = "random"
 
 

@@ -24,6 +24,7 @@ Format = Literal[
     "synthetic",
 ]
 OnError = Literal["raise", "skip"]
+Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class SourceOptions:
     answers: str | None = None
     split: str | None = None
     name: str | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
     restval: bool = True
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class Pair:
     text: int
 
 
-class NoPairs(Dataset):
+class NoSamples(Dataset):
     """What a run without training data has: asking for its length says so."""
 
     epoch = 0

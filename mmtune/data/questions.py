@@ -1,24 +1,18 @@
-"""Questions to train on, their weighted answers, and questions that have none."""
+"""Questions to train on, and their weighted answers."""
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset
 
-from mmtune.data.checking import ADVICE, Checked
-from mmtune.data.options import OnError
-from mmtune.data.records import LISTED, DataError, Problem, Question
+from mmtune.data.records import MediaRef, Question
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-log = logging.getLogger(__name__)
-REASON = "question without answers"
 
 
 @dataclass(frozen=True)
@@ -34,13 +28,13 @@ class QuestionDataset(Dataset):
 
     Args:
         questions: with answers.
-        pixels: (question, epoch, index) -> what the model sees.
+        load: (image or video, epoch, index) -> model input, [3, s, s] or [f, 3, s, s].
     """
 
     def __init__(
-        self, questions: Sequence[Question], pixels: Callable[[Question, int, int], Tensor]
+        self, questions: Sequence[Question], load: Callable[[MediaRef, int, int], Tensor]
     ) -> None:
-        self.questions, self.pixels = questions, pixels
+        self.questions, self.load = questions, load
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -48,40 +42,9 @@ class QuestionDataset(Dataset):
 
     def __getitem__(self, index: int) -> Asked:
         question = self.questions[index]
-        return Asked(self.pixels(question, self.epoch, index), question)
+        return Asked(self.load(question.image, self.epoch, index), question)
 
 
 def weighted(answers: Sequence[str], scale: float = 1.0) -> dict[str, float]:
     """Each distinct answer -> scale * the share of annotators who gave it, in order of mention."""
     return {a: scale * count / len(answers) for a, count in Counter(answers).items()}
-
-
-def answered(splits: Mapping[str, Checked], on_error: OnError) -> dict[str, Checked]:
-    """The splits, of which train and val hold no question without an answer.
-
-    A test split may have hidden answers: it is predicted, and what is answered in it is scored.
-
-    Raises:
-        DataError: there are such questions and on_error is "raise"; or a split holds no others.
-    """
-    bad = {
-        role: [Problem(q.where, REASON, repr(q.question)) for q in split.records if not q.answers]
-        for role, split in splits.items()
-        if role != "test"
-    }
-    problems = [p for own in bad.values() for p in own]
-    if problems and on_error == "raise":
-        raise DataError(problems, ADVICE)
-    return {
-        role: _without(split, bad[role], role) if bad.get(role) else split
-        for role, split in splits.items()
-    }
-
-
-def _without(split: Checked, bad: Sequence[Problem], role: str) -> Checked:
-    shown = "; ".join(str(p) for p in bad[:LISTED])
-    log.warning("%s: left out %d of %d questions: %s", role, len(bad), len(split.records), shown)
-    left: list[Any] = [q for q in split.records if q.answers]
-    if not left:
-        raise DataError([*bad, Problem(role, "no usable record", "all were left out")])
-    return replace(split, records=left, skipped=split.skipped | {REASON: len(bad)})

@@ -52,6 +52,12 @@ def counted(problems: Sequence[Problem]) -> str:
     return ", ".join(f"{n} {r}" for r, n in Counter(p.reason for p in problems).most_common())
 
 
+def listed(problems: Sequence[Problem]) -> str:
+    """The first 20 problems in one line, for a log."""
+    more = "; ..." if len(problems) > LISTED else ""
+    return "; ".join(map(str, problems[:LISTED])) + more
+
+
 class ImageProblem(ValueError):
     """An image or video that cannot be used: the reason (same text for all of a kind), and what."""
 

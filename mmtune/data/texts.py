@@ -38,15 +38,15 @@ def too_long(
 def report_too_long(
     texts: Iterable[str], count_tokens: Callable[[str], int], context_length: int
 ) -> int:
-    """Log once how many captions are truncated, and the longest; returns how many."""
+    """Log once how many texts are truncated, and the longest; returns how many."""
     every = list(texts)
     long = too_long(every, count_tokens, context_length)
     affected = sum(text in long for text in every)
     if long:
         text, tokens = max(long.items(), key=lambda item: item[1])
         log.warning(
-            "%d of %d captions are longer than the %d tokens that the text tower takes; the rest "
-            "is cut off. The longest has %d tokens: %.120r",
+            "%d of %d texts are longer than the %d tokens that the model takes; the rest is cut "
+            "off. The longest has %d tokens: %.120r",
             affected,
             len(every),
             context_length,

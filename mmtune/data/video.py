@@ -31,6 +31,7 @@ WHOLE = 0.9  # share of the stated duration that the data must cover
 # Formats whose header states a duration; others are measured or guessed from what is there.
 STATES_DURATION = ("mp4", "matroska", "avi")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+THUMBNAIL = 160  # pixels, longest side
 STRIP = 4  # frames of a film strip
 STRIP_HEIGHT = 120  # pixels
 
@@ -87,8 +88,12 @@ def check_video(ref: VideoFile) -> None:
 
 
 def picture(ref: MediaRef) -> Image:
-    """What a report shows of a video or an image."""
-    return film_strip(ref) if isinstance(ref, VideoFile) else load_image(ref)
+    """What a report shows: a film strip of a video, or a small copy of an image."""
+    if isinstance(ref, VideoFile):
+        return film_strip(ref)
+    image = load_image(ref)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
 
 
 def film_strip(ref: VideoFile) -> Image:

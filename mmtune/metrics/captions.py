@@ -130,12 +130,14 @@ class CaptionScores:
         references: those of each image, at least one.
 
     Raises:
-        ValueError: an image without references.
+        ValueError: no captions, or an image without references.
     """
 
     def __init__(self, captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> None:
+        if not captions:
+            raise ValueError("there are no captions to score")
         empty = [i for i, refs in enumerate(references) if not refs]
-        if empty or not captions:
+        if empty:
             raise ValueError(f"every caption needs a reference; there are none for {empty[:5]}")
         self.cider = cider(captions, references)
         pairs = zip(captions, references, strict=True)
@@ -153,7 +155,9 @@ class CaptionScores:
         value, drawn = self._values(resamples)
         if minus is not None:
             if len(minus.cider) != len(self.cider):
-                raise ValueError("the two evaluations are of different images")
+                raise ValueError(
+                    "the two evaluations are of different images; evaluate the same split"
+                )
             other, other_drawn = minus._values(resamples)
             value, drawn = value - other, drawn - other_drawn
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)

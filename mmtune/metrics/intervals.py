@@ -5,7 +5,7 @@ Items of one cluster (the questions about one image) are drawn together: they ar
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,8 +18,19 @@ def cluster_numbers(keys: Sequence[Hashable]) -> np.ndarray:
     return np.array([found.setdefault(key, len(found)) for key in keys], dtype=np.int64)
 
 
+def draws(clusters: int, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """[n] how often each of n clusters is drawn, in n draws with replacement; once a resample."""
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(0, clusters, clusters), minlength=clusters)
+
+
 def drawn_sums(
-    values: np.ndarray, clusters: np.ndarray, resamples: int, seed: int = 0
+    values: np.ndarray,
+    clusters: np.ndarray,
+    resamples: int,
+    seed: int = 0,
+    drawn: Iterable[np.ndarray] | None = None,
 ) -> np.ndarray:
     """[resamples, k]: the sum of each column over clusters drawn with replacement.
 
@@ -30,16 +41,13 @@ def drawn_sums(
         clusters: [q] as `cluster_numbers` gives them.
         resamples: number of draws.
         seed: of the draws.
+        drawn: how often each cluster is drawn, once a resample, instead of `draws` from the seed.
     """
     count = int(clusters.max()) + 1
     sums = np.zeros((count, values.shape[1]))
     np.add.at(sums, clusters, values)
-    rng = np.random.default_rng(seed)
-    found = np.empty((resamples, values.shape[1]))
-    for row in found:
-        times = np.bincount(rng.integers(0, count, count), minlength=count)
-        row[:] = times @ sums
-    return found
+    every = draws(count, resamples, seed) if drawn is None else drawn
+    return np.stack([times @ sums for times in every])
 
 
 def mean_metrics(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmtune.metrics.intervals import draws
 from mmtune.tasks.base import Metric
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def rank_queries(
     """Rank the answers to every query, `chunk` queries at a time.
 
     Args:
-        scores: [q, a], higher is better; an array or tensor, or an `Scores` whose rows are
+        scores: [q, a], higher is better; an array or tensor, or a `Scores` whose rows are
             computed when they are asked for.
         right: indices of the right answers of each query, at least one each.
         top: how many best answers to keep.
@@ -216,11 +217,7 @@ def _per_image(ranks: RetrievalRanks) -> tuple[np.ndarray, np.ndarray]:
 
 def _weights(images: int, resamples: int, seed: int) -> np.ndarray:
     """[resamples, n] how often each image is drawn."""
-    rng = np.random.default_rng(seed)
-    weights = np.zeros((resamples, images), np.float32)
-    for row in weights:
-        row += np.bincount(rng.integers(0, images, images), minlength=images)
-    return weights
+    return np.stack([times.astype(np.float32) for times in draws(images, resamples, seed)])
 
 
 def _combined(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

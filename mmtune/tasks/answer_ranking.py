@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmtune.backbones import unwrapped
 from mmtune.backbones.generation import log_probabilities
 from mmtune.backbones.generative import READ
 
@@ -59,7 +60,7 @@ class AnswerRanker:
             model: possibly wrapped, in eval mode, without gradients.
             batch: {pixel_values, input_ids, attention_mask} of b prompts.
         """
-        stock = self.backbone.stock_of(model)
+        stock = unwrapped(model)
         context = self.backbone.read(stock, **{name: batch[name] for name in READ})
         chosen = self._candidates(stock, context)
         scores = self._scores(stock, context, chosen)
@@ -82,14 +83,14 @@ class AnswerRanker:
     def _scores(self, stock: Any, context: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
         """[b, k] log-likelihoods."""
         owner = torch.arange(len(chosen), device=chosen.device).repeat_interleave(self.count)
+        ids, masks = self.ids.to(chosen.device), self.mask.to(chosen.device)
         parts = []
         for own, which in zip(
             owner.split(self.rows), chosen.reshape(-1).split(self.rows), strict=True
         ):
-            mask = self.mask.to(which.device)[which]
-            length = int(mask.sum(1).max())
-            ids, mask = self.ids.to(which.device)[which, :length], mask[:, :length]
+            length = int(masks[which].sum(1).max())
+            target, mask = ids[which, :length], masks[which, :length]
             rows = {name: value[own] for name, value in context.items()}
-            logits = self.backbone.continued(stock, rows, ids, mask)
-            parts.append(log_probabilities(logits, ids, mask).sum(1))
+            logits = self.backbone.continued(stock, rows, target, mask)
+            parts.append(log_probabilities(logits, target, mask).sum(1))
         return torch.cat(parts).view(chosen.shape)

@@ -147,6 +147,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; after it every module has the mode that it had."""
@@ -160,6 +165,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def places_for_gains(limit: int, losses: int) -> int:
+    """How many of a gallery's `limit` places gains may take: half, and what losses leave free."""
+    return max(limit - limit // 2, limit - losses)
 
 
 def require_same_split(before: Evaluation, after: Evaluation) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from mmtune.data.options import DataOptions
-from mmtune.tasks.base import device_of, dtype_of
+from mmtune.tasks.base import device_of, on_device
 from mmtune.tasks.pairs import Embedded, Gallery, PairOptions, PairTask
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class BlipRetrievalTask(PairTask):
 
     Args:
         options: see `BlipRetrievalOptions`.
-        data, loaded, seed, progress: see `PairTask`; the seed also decides the hard negatives.
+        data, loaded, seed, progress: see `MediaTask`; the seed also decides the hard negatives.
 
     Raises:
         TypeError: the model is no BlipForImageTextRetrieval.
@@ -121,7 +121,7 @@ class BlipRetrievalTask(PairTask):
         from mmtune.tuners.aurora.context import context_of
 
         momentum = self._momentum or self.hooks(model, 0)
-        inputs = {**batch, "pixel_values": batch["pixel_values"].to(dtype_of(self.loaded.model))}
+        inputs = self._in_dtype(batch)
         if self.settings.identical == "distinct":
             inputs["groups"] = inputs["groups"][:, :1]
         context = context_of(model) if model.training else None
@@ -219,7 +219,7 @@ class BlipRetrievalTask(PairTask):
         scores.fill(
             _matching(self.loaded.backbone, model, self.settings.match_token),
             self._pixels(model, gallery.records),
-            {k: v.to(device) for k, v in self.loaded.tokenize(embedded.distinct).items()},
+            on_device(self.loaded.tokenize(embedded.distinct), device),
             self.settings.eval_batch_size,
             bar,
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from mmtune.data.options import DataOptions
+from mmtune.data.options import Count, DataOptions
 from mmtune.data.transforms import AugmentOptions
 from mmtune.tasks.base import (
     Evaluation,
@@ -18,12 +18,13 @@ from mmtune.tasks.base import (
     Metric,
     Shown,
     device_of,
-    dtype_of,
     evaluating,
+    on_device,
+    places_for_gains,
     require_same_split,
 )
-from mmtune.tasks.language import joint_mean, on_device, text_losses, writer_of
-from mmtune.tasks.pairs import PairTask
+from mmtune.tasks.language import joint_mean, server_id, text_losses, writer_of
+from mmtune.tasks.media import CaptionedTask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from mmtune.data.pairs import Pair
     from mmtune.data.records import Record
     from mmtune.metrics.captions import CaptionScores
-
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,11 @@ class CaptioningOptions:
             )
 
 
-class CaptioningTask(PairTask):
+class CaptioningTask(CaptionedTask):
     """Describe images.
 
     The loss is the negative log-likelihood of the captions' tokens (end tokens included), averaged
-    over all of the batch. Arguments as `PairTask`; `loaded` must write text.
+    over all of the batch. Arguments as `MediaTask`; `loaded` must write text.
 
     Source: BLIP, arXiv 2201.12086, section 4.2. The released code smooths labels by 0.1
     (`label_smoothing`).
@@ -121,8 +120,7 @@ class CaptioningTask(PairTask):
         self, model: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
         """The mean loss of a token over the captions of all processes."""
-        pixels = batch["pixel_values"].to(dtype_of(self.loaded.model))
-        logits = self.writer.target_logits(model, {**batch, "pixel_values": pixels})
+        logits = self.writer.target_logits(model, self._in_dtype(batch))
         mask, smoothing = batch["target_mask"], self.settings.label_smoothing
         losses = text_losses(logits, batch["target_ids"], mask, smoothing)
         return joint_mean(losses.sum(), int(mask.sum())), {}
@@ -145,7 +143,7 @@ class CaptioningTask(PairTask):
         references = [[caption_words(c) for c in r.captions] for r in records]
         scores = CaptionScores([caption_words(c) for c in captions], references)
         predictions = [
-            {"image_id": int(r.id) if r.id.isdecimal() else r.id, "caption": c}
+            {"image_id": server_id(r.id), "caption": c}
             for r, c in zip(records, captions, strict=True)
         ]
         details = {"split": split, "scores": scores, "predictions": predictions}
@@ -177,16 +175,16 @@ class CaptioningTask(PairTask):
         moved = after.details["scores"].cider - before.details["scores"].cider
         order = [int(i) for i in np.argsort(-np.abs(moved), kind="stable")]
         gains, losses = ([i for i in order if sign * moved[i] > 0] for sign in (1, -1))
-        chosen = gains[: max(limit - limit // 2, limit - len(losses))]
+        chosen = gains[: places_for_gains(limit, len(losses))]
         chosen += losses[: limit - len(chosen)]
         split = before.details["split"]
         return [self._item(self._records(split)[i], i, before, after) for i in chosen]
 
     def _item(self, record: Record, i: int, before: Evaluation, after: Evaluation) -> GalleryItem:
-        from mmtune.data.images import load_image
+        from mmtune.data.video import picture
 
         both = (before.details, after.details)
         scores = [100 * float(d["scores"].cider[i]) for d in both]
         cells = [[Shown(text=d["predictions"][i]["caption"] or "(nothing)")] for d in both]
-        query = Shown(image=load_image(record.image), text=record.captions[0])  # type: ignore[arg-type]
+        query = Shown(image=picture(record.image), text=record.captions[0])
         return GalleryItem(f"CIDEr {scores[0]:.0f} → {scores[1]:.0f}", query, *cells)

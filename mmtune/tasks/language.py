@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -62,13 +61,6 @@ def joint_mean(total: Tensor, count: int) -> Tensor:
     return every.world * total / every.total
 
 
-def filled(template: str, **values: str) -> str:
-    """A template with {name} replaced; other braces stay as they are."""
-    for name, value in values.items():
-        template = template.replace(f"{{{name}}}", value)
-    return template
-
-
-def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """The tensors of a batch on a device."""
-    return {name: value.to(device) for name, value in batch.items()}
+def server_id(identity: str) -> int | str:
+    """An id as evaluation servers take it: a number where it is one."""
+    return int(identity) if identity.isdecimal() else identity

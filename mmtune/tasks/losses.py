@@ -40,28 +40,24 @@ class Gathered:
         device: where they are.
 
     Attributes:
+        world: number of processes.
+        active: whether there are several.
+        sizes: pairs of each process.
         total: pairs of all processes.
         first: index of this process's first pair among them.
-        world: number of processes.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
-        self.active = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        joined = dist.is_available() and dist.is_initialized()
+        self.world = dist.get_world_size() if joined else 1
+        self.active = self.world > 1
         self.sizes, rank = [size], 0
         if self.active:
-            every = [
-                torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.processes)
-            ]
+            every = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world)]
             dist.all_gather(every, torch.tensor([size], device=device))
             self.sizes, rank = [int(n) for n in torch.cat(every)], dist.get_rank()
-        self.world = len(self.sizes)
         self.total, self.first = sum(self.sizes), sum(self.sizes[:rank])
-
-    @property
-    def processes(self) -> int:
-        """How many processes take part."""
-        return dist.get_world_size() if self.active else 1
 
     def __call__(self, x: Tensor) -> Tensor:
         """[size, ...] of every process -> [total, ...], with gradient where x has one."""

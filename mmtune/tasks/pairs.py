@@ -1,46 +1,41 @@
-"""What tasks on images with captions share: data, galleries of a split, recall both ways."""
+"""What retrieval tasks share: galleries of a split, and recall both ways."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mmtune.data.options import DataOptions
-from mmtune.data.records import DataError, MediaRef, Problem, Record
-from mmtune.data.texts import normalised, report_too_long
-from mmtune.data.transforms import AugmentOptions, EvalTransform, TrainTransform
+from mmtune.data.options import Count, DataOptions
+from mmtune.data.records import Record
+from mmtune.data.texts import normalised
+from mmtune.data.transforms import AugmentOptions
 from mmtune.tasks.base import (
     Evaluation,
     GalleryItem,
     Metric,
-    Task,
     chunks,
     device_of,
-    dtype_of,
     evaluating,
-    first_process,
+    on_device,
     require_same_split,
 )
+from mmtune.tasks.media import CaptionedTask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.utils.data import Dataset
 
     from mmtune.backbones.base import Loaded
-    from mmtune.data.pairs import NoPairs, Pair, PairDataset
+    from mmtune.data.pairs import Pair
     from mmtune.metrics.recall import RetrievalRanks
-
-DECODERS = 4  # threads; decoding and resizing leave Python's lock
 
 
 @dataclass(frozen=True)
 class PairOptions:
-    """Settings of every task on images with captions.
+    """Settings of every retrieval task.
 
     Attributes:
         captions: "sampled" trains on one caption per image and epoch, in turns; "all" on all pairs.
@@ -55,7 +50,7 @@ class PairOptions:
     captions: Literal["sampled", "all"] = "sampled"
     identical: Literal["positive", "distinct"] = "positive"
     augment: AugmentOptions | None = field(default_factory=AugmentOptions)
-    eval_batch_size: Annotated[int, Field(ge=1)] = 128
+    eval_batch_size: Count = 128
     resamples: Annotated[int, Field(ge=100)] = 2000
 
 
@@ -105,21 +100,11 @@ class Embedded:
     text_of: list[int]
 
 
-class PairTask(Task):
+class PairTask(CaptionedTask):
     """A task on images with captions, evaluated by recall both ways.
 
-    Args:
-        options: a `PairOptions`.
-        data: train, val and test sources; every image is decoded once here, before training.
-        loaded: the model with its tokenizer and image specification.
-        seed: of augmentation and of the order in which captions take turns.
-        progress: draw a progress bar while checking the data.
-
-    Raises:
-        DataError: bad records, with `on_error: raise`; or a source that cannot be read.
+    Options are `PairOptions`; arguments as `MediaTask`.
     """
-
-    videos: ClassVar[bool] = False  # whether records are about videos
 
     def __init__(
         self,
@@ -129,53 +114,14 @@ class PairTask(Task):
         seed: int,
         progress: bool = True,
     ) -> None:
-        from mmtune.data.checking import load_data
-
-        self.settings, self.loaded, self.seed = options, loaded, seed
-        self.splits = load_data(data, progress and first_process(), videos=self.videos)
-        self.data_files = [f for split in self.splits.values() for f in split.files]
-        self.truncated = report_too_long(
-            (c for s in self.splits.values() for r in s.records for c in r.captions),
-            loaded.count_tokens,
-            loaded.context_length,
-        )
-        self.eval_transform = EvalTransform(loaded.image)
+        super().__init__(options, data, loaded, seed, progress)
         self._galleries: dict[str, Gallery] = {}
-        self._pairs = self._train_pairs()
-        self.train_dataset: Dataset = self._pairs
-
-    def _train_pairs(self) -> PairDataset | NoPairs:
-        from mmtune.data.pairs import NoPairs, PairDataset
-
-        if "train" not in self.splits:
-            return NoPairs()
-        records = self._records("train")
-        return PairDataset(records, self._train_pixels(), self.settings.captions, self.seed)
-
-    def _train_pixels(self) -> Callable[[MediaRef, int, int], Tensor]:
-        """(image, epoch, index) -> [3, s, s]."""
-        if self.settings.augment is None:
-            return lambda ref, epoch, index: self._eval_pixels(ref)
-        from mmtune.data.images import load_image
-
-        transform = TrainTransform(self.loaded.image, self.settings.augment, self.seed)
-        return lambda ref, epoch, index: transform(load_image(ref), epoch, index)
-
-    def _records(self, split: str) -> list[Record]:
-        if split not in self.splits:
-            have = ", ".join(self.splits) or "none"
-            raise DataError([Problem("config", f"data.{split} is not set", f"there are: {have}")])
-        return self.splits[split].records
 
     def gallery_of(self, split: str) -> Gallery:
         """The images and captions of a split, and which match."""
         if split not in self._galleries:
             self._galleries[split] = Gallery(self._records(split), self.settings.identical)
         return self._galleries[split]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the captions and augmentation of `epoch`."""
-        self._pairs.epoch = epoch
 
     def collate(self, samples: Sequence[Pair]) -> dict[str, Tensor]:
         """Pairs -> {pixel_values [b, 3, s, s], input_ids [b, t], attention_mask?, groups [b, 2]}.
@@ -253,26 +199,10 @@ class PairTask(Task):
         """What `_pixels` gives -> [b, e], L2-normalised."""
         return self.loaded.backbone.encode_image(model, pixels)
 
-    def _pixels(self, model: nn.Module, records: Sequence[Record]) -> Iterator[Tensor]:
-        """[b, 3, s, s] of the images in order, on the model's device and in its dtype."""
-        import torch
-
-        device, dtype = device_of(model), dtype_of(self.loaded.model)
-        with ThreadPoolExecutor(DECODERS) as pool:
-            for chunk in chunks(records, self.settings.eval_batch_size):
-                pixels = pool.map(lambda r: self._eval_pixels(r.image), chunk)
-                yield torch.stack(list(pixels)).to(device, dtype)
-
-    def _eval_pixels(self, ref: MediaRef) -> Tensor:
-        """[3, s, s] of one image."""
-        from mmtune.data.images import load_image
-
-        return self.eval_transform(load_image(ref))
-
     def _embed_texts(self, model: nn.Module, texts: Sequence[str], bar: Any) -> Iterator[Tensor]:
         device = device_of(model)
         for chunk in chunks(texts, self.settings.eval_batch_size):
-            tokens = {k: v.to(device) for k, v in self.loaded.tokenize(chunk).items()}
+            tokens = on_device(self.loaded.tokenize(chunk), device)
             yield self.loaded.backbone.encode_text(model, **tokens).float()
             bar.update(len(chunk))
 

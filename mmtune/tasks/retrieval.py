@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mmtune.tasks.base import dtype_of
 from mmtune.tasks.pairs import PairOptions, PairTask
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class RetrievalOptions(PairOptions):
 
 
 class RetrievalTask(PairTask):
-    """Find the image for a text and the text for an image; arguments as `PairTask`."""
+    """Find the image for a text and the text for an image; arguments as `MediaTask`."""
 
     name: ClassVar[str] = "retrieval"
     summary: ClassVar[str] = "image-text retrieval: CLIP or sigmoid loss; R@1/5/10 both ways"
@@ -63,7 +62,7 @@ class RetrievalTask(PairTask):
         """
         from mmtune.tasks.losses import clip_loss, sigmoid_loss
 
-        batch = {**batch, "pixel_values": batch["pixel_values"].to(dtype_of(self.loaded.model))}
+        batch = self._in_dtype(batch)
         groups = batch.pop("groups") if self.settings.identical == "positive" else None
         pairs = self._embed_pairs(model, batch)
         scale, bias = pairs.scale, pairs.bias

@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmtune.data.images import load_image
 from mmtune.data.records import VideoFile
-from mmtune.tasks.base import GalleryItem, Shown
+from mmtune.data.video import picture
+from mmtune.tasks.base import GalleryItem, Shown, places_for_gains
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mmtune.metrics.recall import QueryRanks, RetrievalRanks
     from mmtune.tasks.pairs import Gallery
 
 SHOWN = 3  # answers per query
-THUMBNAIL = 160  # pixels, longest side
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,7 @@ def changed_queries(
     changes += _changes("img2txt", before.img2txt, after.img2txt)
     gains = [c for c in changes if c.moved > 0]
     losses = [c for c in changes if c.moved < 0]
-    half = limit // 2
-    for_gains = max(limit - half, limit - len(losses))
-    gains = _mixed(gains, min(for_gains, limit))
+    gains = _mixed(gains, places_for_gains(limit, len(losses)))
     losses = _mixed(losses, limit - len(gains))
     return [_item(c, split, before, after) for c in gains + losses]
 
@@ -96,28 +91,17 @@ def _item(
         query = Shown(text=split.captions[q])
         cells = [_images(split, ranks.top[q][:SHOWN], split.images_of[q]) for ranks in (old, new)]
     else:
-        query = Shown(image=_thumbnail(split, q), text=split.records[q].captions[0])
+        query = Shown(image=picture(split.records[q].image), text=split.records[q].captions[0])
         cells = [_texts(split, ranks.top[q][:SHOWN], split.captions_of[q]) for ranks in (old, new)]
     return GalleryItem(title, query, *cells)
 
 
 def _images(split: Gallery, answers: np.ndarray, right: list[int]) -> list[Shown]:
     return [
-        Shown(_thumbnail(split, int(a)), split.records[int(a)].captions[0], int(a) in right)
-        for a in answers
+        Shown(picture(split.records[a].image), split.records[a].captions[0], a in right)
+        for a in map(int, answers)
     ]
 
 
 def _texts(split: Gallery, answers: np.ndarray, right: list[int]) -> list[Shown]:
     return [Shown(text=split.captions[int(a)], correct=int(a) in right) for a in answers]
-
-
-def _thumbnail(split: Gallery, image: int) -> Image:
-    ref = split.records[image].image
-    if isinstance(ref, VideoFile):
-        from mmtune.data.video import film_strip
-
-        return film_strip(ref)
-    picture = load_image(ref)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return picture

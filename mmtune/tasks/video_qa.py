@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from mmtune.data.frames import FrameInputs, FrameOptions
-from mmtune.data.options import DataOptions
-from mmtune.tasks.vqa import Count, VqaOptions, VqaTask
+from mmtune.data.frames import FrameOptions
+from mmtune.data.options import Count, DataOptions
+from mmtune.tasks.media import VideoTask
+from mmtune.tasks.vqa import VqaOptions, VqaTask
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
     from mmtune.backbones.base import Loaded
-    from mmtune.data.records import Question
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class VideoQaOptions(FrameOptions, VqaOptions):
     eval_batch_size: Count = 8
 
 
-class VideoQaTask(VqaTask):
+class VideoQaTask(VideoTask, VqaTask):
     """Answer questions about videos; the loss and the ways to answer are those of VQA.
 
     Frames pass through the image tower one by one, and the question attends to the tokens of all of
@@ -41,7 +38,7 @@ class VideoQaTask(VqaTask):
 
     Args:
         options: see `VideoQaOptions`.
-        data, loaded, seed, progress: see `VqaTask`; every video is opened once here.
+        data, loaded, seed, progress: see `MediaTask`; every video is opened once here.
 
     Raises:
         ValueError: a model that does not read several frames and write text.
@@ -53,7 +50,6 @@ class VideoQaTask(VqaTask):
     name: ClassVar[str] = "video_qa"
     summary: ClassVar[str] = "video question answering with BLIP: frames' tokens side by side"
     options: ClassVar[type] = VideoQaOptions
-    videos: ClassVar[bool] = True
     measures: ClassVar[tuple[str, ...]] = ("exact match",)
 
     def __init__(
@@ -70,19 +66,4 @@ class VideoQaTask(VqaTask):
                 "BlipForQuestionAnswering (zoo:tiny-blip@vqa), and "
                 f"{loaded.name} is a {type(loaded.model).__name__}."
             )
-        self.frames = FrameInputs(options, loaded.image, options.augment, seed)
         super().__init__(options, data, loaded, seed, progress)
-
-    def _training_pixels(self) -> Any:
-        """(question, epoch, index) -> [frames, 3, s, s]."""
-        return lambda question, epoch, index: self.frames.training(question.image, epoch, index)
-
-    def pixels(self, question: Question) -> Tensor:
-        """[eval_frames, 3, s, s] of the question's video, as evaluation sees it."""
-        return self.frames.evaluation(question.image)
-
-    def picture(self, question: Question) -> Image:
-        """A film strip of the question's video."""
-        from mmtune.data.video import picture
-
-        return picture(question.image)

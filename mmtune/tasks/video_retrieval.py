@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from mmtune.data.frames import FrameInputs, FrameOptions
-from mmtune.data.options import DataOptions
+from mmtune.data.frames import FrameOptions
+from mmtune.data.options import Count
 from mmtune.tasks.blip_retrieval import BlipRetrievalOptions, BlipRetrievalTask
+from mmtune.tasks.media import VideoTask
 from mmtune.tasks.pairs import PairTask
 from mmtune.tasks.retrieval import RetrievalOptions, RetrievalTask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mmtune.backbones.base import Loaded, PairEmbeddings
-    from mmtune.data.records import MediaRef
+    from mmtune.backbones.base import PairEmbeddings
     from mmtune.tasks.base import Evaluation, Metric
 
 
-class VideoPairTask(PairTask):
-    """A task on videos with captions: [b, f, 3, s, s] where images are [b, 3, s, s].
-
-    Args:
-        options: a `FrameOptions` and `PairOptions`.
-        data, loaded, seed, progress: see `PairTask`; every video is opened once here.
-    """
-
-    videos: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        options: Any,
-        data: DataOptions,
-        loaded: Loaded,
-        seed: int,
-        progress: bool = True,
-    ) -> None:
-        self.frames = FrameInputs(options, loaded.image, options.augment, seed)
-        super().__init__(options, data, loaded, seed, progress)
-
-    def _train_pixels(self) -> Callable[[MediaRef, int, int], Tensor]:
-        return self.frames.training
-
-    def _eval_pixels(self, ref: MediaRef) -> Tensor:
-        return self.frames.evaluation(ref)
+class VideoPairTask(VideoTask, PairTask):
+    """A retrieval task on videos; options are `FrameOptions` and `PairOptions`."""
 
     def evaluate(self, model: nn.Module, split: str = "test", progress: bool = True) -> Evaluation:
         """As for images; the metrics' names say "vid"."""
@@ -74,7 +48,7 @@ class VideoRetrievalOptions(FrameOptions, RetrievalOptions):
             `RetrievalOptions`.
     """
 
-    eval_batch_size: Annotated[int, Field(ge=1)] = 16
+    eval_batch_size: Count = 16
 
 
 class VideoRetrievalTask(VideoPairTask, RetrievalTask):
@@ -123,7 +97,7 @@ class BlipVideoRetrievalOptions(FrameOptions, BlipRetrievalOptions):
             identical, resamples: see `BlipRetrievalOptions`.
     """
 
-    eval_batch_size: Annotated[int, Field(ge=1)] = 16
+    eval_batch_size: Count = 16
 
 
 class BlipVideoRetrievalTask(VideoPairTask, BlipRetrievalTask):

@@ -6,45 +6,38 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmtune.data.options import DataOptions
-from mmtune.data.records import LISTED, DataError, Problem, Question
-from mmtune.data.texts import report_too_long
-from mmtune.data.transforms import AugmentOptions, EvalTransform, TrainTransform
+from mmtune.data.options import Count, DataOptions
+from mmtune.data.records import DataError, Problem, Question, listed
+from mmtune.data.transforms import AugmentOptions
 from mmtune.tasks.base import (
     Evaluation,
     GalleryItem,
     Metric,
-    Task,
     chunks,
     device_of,
-    dtype_of,
     evaluating,
-    first_process,
+    on_device,
     require_same_split,
 )
-from mmtune.tasks.language import filled, joint_mean, on_device, text_losses, writer_of
-from mmtune.tasks.pairs import DECODERS
+from mmtune.tasks.language import joint_mean, server_id, text_losses, writer_of
+from mmtune.tasks.media import MediaTask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.utils.data import Dataset
 
     from mmtune.backbones.base import Loaded
-    from mmtune.data.pairs import NoPairs
     from mmtune.data.questions import Asked, QuestionDataset
     from mmtune.tasks.answer_ranking import AnswerRanker
     from mmtune.tasks.vqa_scores import VqaScores
 
 log = logging.getLogger(__name__)
 Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class VqaOptions:
         candidates: for "rank": answers scored whole, after the first token has chosen them; null
             scores all.
         missing_answers: for "rank": what to do about questions of which the list holds no answer:
-            "warn" names and counts them, "raise" stops.
+            "warn" names and counts them, "raise" stops before training.
         beams: for "generate".
         max_tokens: for "generate", the end token included.
         label_smoothing: of the training loss; BLIP's released code has 0.1.
@@ -93,7 +86,7 @@ class VqaOptions:
             raise ValueError("answer_list is for inference: rank")
 
 
-class VqaTask(Task):
+class VqaTask(MediaTask):
     """Answer questions about images.
 
     The loss of a batch of b questions is sum_q sum_j w_qj NLL(a_qj) / b over the distinct answers
@@ -102,13 +95,11 @@ class VqaTask(Task):
 
     Args:
         options: see `VqaOptions`.
-        data: train, val and test sources; every image is decoded once here, before training.
-        loaded: a model that writes text, with its tokenizer and image specification.
-        seed: of augmentation.
-        progress: draw a progress bar while checking the data.
+        data, loaded, seed, progress: see `MediaTask`; the model must write text.
 
     Raises:
-        DataError: bad records, or training questions without answers, with `on_error: raise`.
+        DataError: see `MediaTask`; or there is no list of answers to rank, or what it lacks with
+            `missing_answers: raise`.
         ValueError: a model that does not write text.
 
     Source: BLIP, arXiv 2201.12086, section 4.3 (as ALBEF). The released code smooths labels by 0.1
@@ -118,7 +109,7 @@ class VqaTask(Task):
     name: ClassVar[str] = "vqa"
     summary: ClassVar[str] = "visual question answering: weighted LM loss; VQA accuracy"
     options: ClassVar[type] = VqaOptions
-    videos: ClassVar[bool] = False
+    kind: ClassVar[type[Question]] = Question
     measures: ClassVar[tuple[str, ...]] = ("accuracy", "exact match")  # the first ranks runs
 
     def __init__(
@@ -129,27 +120,14 @@ class VqaTask(Task):
         seed: int,
         progress: bool = True,
     ) -> None:
-        from mmtune.data.checking import load_data
-        from mmtune.data.questions import answered
-
-        self.backbone = writer_of(loaded, self.name)
-        self.settings, self.loaded, self.seed = options, loaded, seed
-        self.template = options.prompt or self.backbone.templates["question"]
-        show = progress and first_process()
-        found = load_data(data, show, kind=Question, videos=self.videos)
-        self.splits = answered(found, data.on_error)
-        self.data_files = [f for split in self.splits.values() for f in split.files]
-        self.truncated = report_too_long(
-            (q.question for s in self.splits.values() for q in s.records),
-            loaded.count_tokens,
-            loaded.context_length,
-        )
-        self.eval_transform = EvalTransform(loaded.image)
-        self._questions = self._train_questions()
-        self.train_dataset: Dataset = self._questions
+        self.writer = writer_of(loaded, self.name)
+        own = self.writer.templates["question"] if options.prompt is None else options.prompt
+        self.prompt = own
+        super().__init__(options, data, loaded, seed, progress)
         self._ranker: AnswerRanker | None = None
         if options.inference == "rank":
             self._ranker = self._make_ranker()
+            self._report_missing(self._ranker.answers)
 
     @classmethod
     def reads(cls, options: Any, split: str) -> tuple[str, ...]:
@@ -157,49 +135,18 @@ class VqaTask(Task):
         ranked = options.inference == "rank" and options.answer_list is None
         return tuple(dict.fromkeys([split, *(["train"] if ranked else [])]))
 
-    def _train_questions(self) -> QuestionDataset | NoPairs:
-        from mmtune.data.pairs import NoPairs
+    def _texts(self, record: Question) -> Sequence[str]:
+        return (record.question,)
+
+    def _dataset(self, records: Sequence[Question]) -> QuestionDataset:
         from mmtune.data.questions import QuestionDataset
 
-        if "train" not in self.splits:
-            return NoPairs()
-        return QuestionDataset(self._records("train"), self._training_pixels())
-
-    def _training_pixels(self) -> Any:
-        """(question, epoch, index) -> [3, s, s]."""
-        from mmtune.data.images import load_image
-
-        if self.settings.augment is None:
-            return lambda question, epoch, index: self.pixels(question)
-        transform = TrainTransform(self.loaded.image, self.settings.augment, self.seed)
-        return lambda question, epoch, index: transform(load_image(question.image), epoch, index)
-
-    def pixels(self, question: Question) -> Tensor:
-        """[3, s, s] of the question's image, as evaluation sees it."""
-        from mmtune.data.images import load_image
-
-        return self.eval_transform(load_image(question.image))
-
-    def picture(self, question: Question) -> Any:
-        """What a report shows of the question's image."""
-        from mmtune.data.images import load_image
-
-        return load_image(question.image)
-
-    def _records(self, split: str) -> list[Question]:
-        if split not in self.splits:
-            have = ", ".join(self.splits) or "none"
-            raise DataError([Problem("config", f"data.{split} is not set", f"there are: {have}")])
-        return self.splits[split].records
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of `epoch`."""
-        self._questions.epoch = epoch
+        return QuestionDataset(records, self.train_pixels)
 
     def prompts(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """{input_ids [b, t], attention_mask [b, t]} of questions in their template."""
-        texts = [filled(self.template, question=q.question) for q in questions]
-        return self.backbone.prompts(self.loaded.tokenizer, texts, self.loaded.context_length)
+        texts = [self.prompt.replace("{question}", q.question) for q in questions]
+        return self.writer.prompts(self.loaded.tokenizer, texts, self.loaded.context_length)
 
     def collate(self, samples: Sequence[Asked]) -> dict[str, Tensor]:
         """B questions with n distinct answers -> the batch of `Generative.target_logits`.
@@ -226,18 +173,17 @@ class VqaTask(Task):
         return self.settings.dataset_weights.get(str(question.fields.get("dataset")), 1.0)
 
     def _targets(self, answers: Sequence[str]) -> dict[str, Tensor]:
-        limit, after = self.loaded.context_length, self.template
-        return self.backbone.targets(self.loaded.tokenizer, answers, limit, after)
+        limit, after = self.loaded.context_length, self.prompt
+        return self.writer.targets(self.loaded.tokenizer, answers, limit, after)
 
     def loss(
         self, model: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
         """The weighted loss over the questions of all processes."""
-        pixels = batch["pixel_values"].to(dtype_of(self.loaded.model))
-        logits = self.backbone.target_logits(model, {**batch, "pixel_values": pixels})
+        logits = self.writer.target_logits(model, self._in_dtype(batch))
         smoothing = self.settings.label_smoothing
         losses = text_losses(logits, batch["target_ids"], batch["target_mask"], smoothing)
-        return joint_mean((batch["weights"].to(losses) * losses).sum(), len(pixels)), {}
+        return joint_mean((batch["weights"].to(losses) * losses).sum(), len(batch["input_ids"])), {}
 
     def evaluate(self, model: nn.Module, split: str = "test", progress: bool = True) -> Evaluation:
         """Answer every question of a split, and score those whose answers are known.
@@ -250,8 +196,6 @@ class VqaTask(Task):
 
         started = time.perf_counter()
         questions = self._records(split)
-        if self._ranker is not None:
-            self._report_missing(split, questions)
         bar = tqdm(
             total=len(questions), desc=f"evaluate {split}", unit="question", disable=not progress
         )
@@ -259,7 +203,7 @@ class VqaTask(Task):
             given = [a for some in self._answers(model, questions, bar) for a in some]
         scores = VqaScores.of(questions, given, self.settings.groups, self.measures)
         predictions = [
-            {"question_id": int(q.id) if q.id.isdecimal() else q.id, "answer": answer}
+            {"question_id": server_id(q.id), "answer": answer}
             for q, answer in zip(questions, given, strict=True)
         ]
         details = {"split": split, "scores": scores, "predictions": predictions}
@@ -269,15 +213,11 @@ class VqaTask(Task):
     def _answers(
         self, model: nn.Module, questions: Sequence[Question], bar: Any
     ) -> Iterator[list[str]]:
-        import torch
-
-        device, dtype = device_of(model), dtype_of(self.loaded.model)
-        with ThreadPoolExecutor(DECODERS) as pool:
-            for chunk in chunks(questions, self.settings.eval_batch_size):
-                pixels = torch.stack(list(pool.map(self.pixels, chunk))).to(dtype)
-                batch = on_device({"pixel_values": pixels, **self.prompts(chunk)}, device)
-                yield self._written(model, batch)
-                bar.update(len(chunk))
+        some = chunks(questions, self.settings.eval_batch_size)
+        for chunk, pixels in zip(some, self._pixels(model, questions), strict=True):
+            prompts = on_device(self.prompts(chunk), device_of(model))
+            yield self._written(model, {"pixel_values": pixels, **prompts})
+            bar.update(len(chunk))
 
     def _written(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
         from mmtune.backbones.generation import Decoding, texts_of
@@ -285,8 +225,8 @@ class VqaTask(Task):
         if self._ranker is not None:
             return self._ranker.best(model, batch)
         decoding = Decoding(beams=self.settings.beams, max_tokens=self.settings.max_tokens)
-        ids = self.backbone.generate(model, batch, decoding)
-        return texts_of(self.loaded.tokenizer, ids, self.backbone.ends)
+        ids = self.writer.generate(model, batch, decoding)
+        return texts_of(self.loaded.tokenizer, ids, self.writer.ends)
 
     def _make_ranker(self) -> AnswerRanker:
         from mmtune.tasks.answer_ranking import AnswerRanker
@@ -302,38 +242,44 @@ class VqaTask(Task):
             counts = Counter(a for q in train.records for a in q.answers)
             answers = [a for a, _ in counts.most_common()]
         return AnswerRanker(
-            self.backbone,
+            self.writer,
             self.loaded.tokenizer,
             answers,
             self.settings.candidates,
             self.loaded.context_length,
-            self.template,
+            self.prompt,
         )
 
-    def _report_missing(self, split: str, questions: Sequence[Question]) -> None:
+    def _report_missing(self, answers: Sequence[str]) -> None:
         """Name and count the questions that no answer of the list can be right for."""
         from mmtune.metrics.vqa import processed
 
-        known = {processed(a) for a in self._ranker.answers}  # type: ignore[union-attr]
-        asked = [q for q in questions if q.answers]
-        lost = [
-            Problem(q.where, "answer not in the list", f"{q.question!r}: {sorted(set(q.answers))}")
-            for q in asked
-            if known.isdisjoint(map(processed, q.answers))
-        ]
-        if lost and self.settings.missing_answers == "raise":
-            raise DataError(lost, "Add them to the list, or set task.missing_answers: warn.")
-        if lost:
-            shown = "; ".join(map(str, lost[:LISTED]))
-            log.warning(
-                "%s: the answer list (%d) lacks every answer to %d of %d questions, which count as "
-                "wrong: %s",
-                split,
-                len(known),
-                len(lost),
-                len(asked),
-                shown,
-            )
+        known = {processed(a) for a in answers}
+        lost = {
+            split: [
+                Problem(
+                    q.where, "answer not in the list", f"{q.question!r}: {sorted(set(q.answers))}"
+                )
+                for q in self._records(split)
+                if q.answers and known.isdisjoint(map(processed, q.answers))
+            ]
+            for split in self.splits
+            if split != "train"
+        }
+        every = [problem for own in lost.values() for problem in own]
+        if every and self.settings.missing_answers == "raise":
+            raise DataError(every, "Add them to the list, or set task.missing_answers: warn.")
+        for split, own in lost.items():
+            if own:
+                log.warning(
+                    "%s: the answer list (%d) lacks every answer to %d of %d questions, which "
+                    "count as wrong: %s",
+                    split,
+                    len(known),
+                    len(own),
+                    sum(bool(q.answers) for q in self._records(split)),
+                    listed(own),
+                )
 
     def compare(self, before: Evaluation, after: Evaluation) -> dict[str, Metric]:
         """The gain of every metric, with intervals from the same draws of images for both."""
@@ -346,9 +292,7 @@ class VqaTask(Task):
         from mmtune.tasks.vqa_scores import changed_answers
 
         require_same_split(before, after)
-        return changed_answers(
-            before.details["scores"], after.details["scores"], self.picture, limit
-        )
+        return changed_answers(before.details["scores"], after.details["scores"], limit)
 
 
 def read_answers(path: str) -> list[str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmtune.data.video import picture
 from mmtune.metrics.intervals import cluster_numbers, mean_metrics
 from mmtune.metrics.vqa import accuracy, exact_match
-from mmtune.tasks.base import GalleryItem, Metric, Shown
+from mmtune.tasks.base import GalleryItem, Metric, Shown, places_for_gains
 
 if TYPE_CHECKING:
     from mmtune.data.records import Question
@@ -59,7 +60,7 @@ class VqaScores:
                 own = np.array([str(k) == kind for k in kinds])
                 columns[f"{measures[0]} ({kind})"] = np.where(own, first, np.nan)
         values = np.stack(list(columns.values()), axis=1)
-        image = cluster_numbers([_image_key(q) for q in asked])
+        image = cluster_numbers([q.image for q in asked])
         return cls(asked, answers, list(columns), values, image)
 
     def metrics(self, resamples: int, minus: VqaScores | None = None) -> dict[str, Metric]:
@@ -71,20 +72,14 @@ class VqaScores:
         if not self.questions:
             return {}
         if minus is not None and [q.id for q in minus.questions] != [q.id for q in self.questions]:
-            raise ValueError("the two evaluations are of different questions")
+            raise ValueError(
+                "the two evaluations are of different questions; evaluate the same split"
+            )
         other = None if minus is None else minus.values
         return mean_metrics(self.names, self.values, self.image, resamples, other)
 
 
-def _image_key(question: Question) -> Any:
-    media: Any = question.image
-    data = getattr(media, "data", None)
-    return hash(data) if data is not None else (type(media).__name__, repr(media))
-
-
-def changed_answers(
-    before: VqaScores, after: VqaScores, picture: Callable[[Question], Any], limit: int
-) -> list[GalleryItem]:
+def changed_answers(before: VqaScores, after: VqaScores, limit: int) -> list[GalleryItem]:
     """Questions whose score changed: gains, then losses, the largest changes first.
 
     Each takes half of the places, and more where the other has too few; an image and a question
@@ -94,10 +89,9 @@ def changed_answers(
     order = np.argsort(-np.abs(moved), kind="stable")
     gains = _varied([int(i) for i in order if moved[i] > 0], after)
     losses = _varied([int(i) for i in order if moved[i] < 0], after)
-    for_gains = max(limit - limit // 2, limit - len(losses))
-    chosen = gains[:for_gains]
+    chosen = gains[: places_for_gains(limit, len(losses))]
     chosen += losses[: limit - len(chosen)]
-    return [_item(i, before, after, picture) for i in chosen]
+    return [_item(i, before, after) for i in chosen]
 
 
 def _varied(indices: list[int], scores: VqaScores) -> list[int]:
@@ -112,13 +106,11 @@ def _varied(indices: list[int], scores: VqaScores) -> list[int]:
     return fresh + rest
 
 
-def _item(
-    i: int, before: VqaScores, after: VqaScores, picture: Callable[[Question], Any]
-) -> GalleryItem:
+def _item(i: int, before: VqaScores, after: VqaScores) -> GalleryItem:
     question = after.questions[i]
     old, new = before.values[i, 0], after.values[i, 0]
     truth = ", ".join(dict.fromkeys(question.answers))
-    query = Shown(image=picture(question), text=f"{question.question} ({truth})")
+    query = Shown(image=picture(question.image), text=f"{question.question} ({truth})")
     cells = [
         [Shown(text=scores.given[i] or "(nothing)", correct=bool(scores.values[i, 0] >= 50))]
         for scores in (before, after)

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmtune.backbones import backbone_of
 from mmtune.backbones.base import Backbone, Site, SiteError
+from mmtune.backbones.fusions import Fusion
 from mmtune.backbones.trunks import Trunk
 
 
@@ -102,7 +103,7 @@ class SitedTuner(BaseTuner):
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
         return peft_config
 
-    def _choose(self, backbone: Backbone, config: Any) -> Sequence[Site | Trunk]:
+    def _choose(self, backbone: Backbone, config: Any) -> Sequence[Site | Trunk | Fusion]:
         """The places to adapt, in forward order; raises for those that the method cannot adapt."""
         return backbone.select(config.branches, config.sites, config.layers)
 
@@ -130,7 +131,7 @@ class SitedTuner(BaseTuner):
             config: of the adapter.
             adapter_name: its name.
             target: what stands at the place: a stock module, or what an earlier adapter put there.
-            site: the place, a `Site` or `Trunk`.
+            site: the place, a `Site`, `Trunk` or `Fusion`.
 
         Returns:
             What stands there from now on: `target` itself, or what wraps it.

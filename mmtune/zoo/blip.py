@@ -14,14 +14,13 @@ Source: BLIP (arXiv:2201.12086), section 3.1.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.backbones.base import ImageSpec, Loaded
-from mmtune.runs import write_text
+from mmtune.runs import write_tensors, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +80,6 @@ def save_blip(tensors: Mapping[str, Tensor], config: BlipConfig, folder: Path) -
         ValueError: tensors that should be one differ.
     """
     import torch
-    from safetensors.torch import save_file
 
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -92,10 +90,7 @@ def save_blip(tensors: Mapping[str, Tensor], config: BlipConfig, folder: Path) -
             )
     for file in FILES:
         chosen = {name: t for name, t in stored.items() if file_of(name) == file}
-        temporary = folder / f"{file}.safetensors.tmp"
-        save_file(chosen, temporary, {"format": "pt"})
-        os.chmod(temporary, 0o644)  # safetensors may write for the owner alone
-        os.replace(temporary, folder / f"{file}.safetensors")
+        write_tensors(folder / f"{file}.safetensors", chosen, {"format": "pt"})
     vision: Any = config.vision_config
     side = vision.image_size
     processor = {

@@ -69,7 +69,7 @@ def train(
     teacher = train_teacher(recipe, load_efficientnet(teachers), data, generator)
     log.info("teacher trained (%.0f s)", time.time() - began)
     model = build(recipe, data, device)
-    _, steps = train_blip(recipe, model, teacher, data, asked, generator, out)
+    steps = train_blip(recipe, model, teacher, data, asked, generator, out)
     report = {
         "recipe": dataclasses.asdict(recipe) | {"steps": steps, "seconds": 0},
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -93,19 +93,12 @@ def prepare(
     texts = [text for text in gathered.flat for _ in range(5)] + questions.texts_of(rows)
     train_tokenizer(texts + gathered.words, recipe.vocab_size, out, recipe.context)
     tokenizer = blip_tokenizer(out)
-    ids = tokenizer(
-        gathered.flat + gathered.words,
-        return_tensors="pt",
-        padding="max_length",
-        truncation=True,
-        max_length=recipe.context,
-    ).input_ids
     asked = None
     if kinds:
         asked = questions.on_device(
             rows, kinds, bool(recipe.shape_captions), tokenizer, recipe.image_size, device
         )
-    return made.on_device(gathered, ids, device), asked
+    return made.on_device(gathered, tokenizer, recipe.context, device), asked
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

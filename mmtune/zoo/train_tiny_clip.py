@@ -94,14 +94,8 @@ def prepare(
     gathered = made.gather(recipe, teachers, icons, device)
     repeated = [text for text in gathered.flat for _ in range(5)]
     train_tokenizer(repeated + gathered.words, recipe.vocab_size, out, recipe.context)
-    ids = CLIPTokenizer.from_pretrained(str(out))(
-        gathered.flat + gathered.words,
-        return_tensors="pt",
-        padding="max_length",
-        truncation=True,
-        max_length=recipe.context,
-    ).input_ids
-    return made.on_device(gathered, ids, device)
+    tokenizer = CLIPTokenizer.from_pretrained(str(out))
+    return made.on_device(gathered, tokenizer, recipe.context, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

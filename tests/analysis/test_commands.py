@@ -67,6 +67,7 @@ def test_folders_that_hold_no_updates(tmp_path, adapter, capsys):
     assert "--base MODEL" in refusal(capsys, "analyze", "--tuned", "x", "--out", str(tmp_path))
     assert "name one of the two" in refusal(capsys, "analyze", str(run), "--tuned", "x")
     assert "needs --out" in refusal(capsys, "analyze", "--tuned", "x", "--base", "y")
+    assert "neither a run nor an adapter folder needs --out" in refusal(capsys, "analyze")
     empty = tmp_path / "empty"
     empty.mkdir()
     said = refusal(

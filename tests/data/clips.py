@@ -43,6 +43,8 @@ def write_video(path, images, times=None, codec="libx264", rate=10, gop=5, b_fra
         context = stream.codec_context
         context.gop_size, context.max_b_frames, context.time_base = gop, b_frames, TICK
         context.thread_count = 1
+        if codec == "libx264":
+            context.options = {"x264-params": "rc-lookahead=0:mbtree=0"}  # else bytes may differ
         stream.time_base = TICK
         for number, image in enumerate(images):
             frame = av.VideoFrame.from_image(image)

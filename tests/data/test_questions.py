@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmtune.data import DataError, DataOptions, SourceOptions
 from mmtune.data.checking import load_data
-from mmtune.data.questions import answered, weighted
+from mmtune.data.questions import weighted
 from mmtune.data.readers import read
 from mmtune.data.records import Problem, Question
 
@@ -109,7 +109,7 @@ def test_blip_reads_lists_single_answers_and_hidden_ones(tmp_path):
         "question without answers",
         "it has no field 'answer'",
     )
-    (problem,) = read(blip(tmp_path, [entry | {"answer": 3}]), "train")
+    (problem,) = read(blip(tmp_path, [entry | {"answer": 3}]), "test")
     assert (problem.reason, problem.text[:12]) == ("malformed record", "answer is '3")
 
 
@@ -128,15 +128,17 @@ def test_training_questions_without_answers_stop_or_are_counted(tmp_path, caplog
     path.write_text("\n".join(map(json.dumps, lines)))
     picture(tmp_path / "a" / "1.png")
     source = SourceOptions("video_qa", str(path))
-    options = DataOptions(train=source, test=source)
-    splits = load_data(options, progress=False, kind=Question, videos=True)
+
+    def loaded(on_error):
+        options = DataOptions(train=source, test=source, on_error=on_error)
+        return load_data(options, progress=False, kind=Question, videos=True)
+
     with pytest.raises(DataError, match="1 question without answers") as error:
-        answered(splits, "raise")
+        loaded("raise")
     assert error.value.problems[0].where == f"{path}, line 1"
     with caplog.at_level(logging.WARNING):
-        found = answered(splits, "skip")
-    assert "left out 1 of 2 questions" in caplog.text
-    assert "'Where?'" in caplog.text
+        found = loaded("skip")
+    assert "train: left out 1 of 2 records (1 question without answers)" in caplog.text
     assert [q.question for q in found["train"].records] == ["Who?"]
     assert found["train"].skipped == {"question without answers": 1}
-    assert len(found["test"].records) == 2
+    assert [q.answers for q in found["test"].records] == [(), ("he",)]  # hidden

@@ -15,8 +15,9 @@ def write_lines(path, items):
     return str(path)
 
 
-def listed(kind, path, images=None):
-    return list(read(SourceOptions(kind, path, images=None if images is None else str(images))))
+def listed(kind, path, images=None, role="train"):
+    source = SourceOptions(kind, path, images=None if images is None else str(images))
+    return list(read(source, role))
 
 
 def touch(folder, *names):
@@ -88,7 +89,7 @@ def test_questions_about_videos(tmp_path):
         {**asked, "video_id": "video6513", "answer": None},
     ]
     path = write_lines(tmp_path / "qa.jsonl", lines)
-    found = listed("video_qa", path)
+    found = listed("video_qa", path, role="test")
     assert all(isinstance(q, Question) for q in found)
     assert {q.image for q in found} == {VideoFile(str(tmp_path), "video6513.mp4")}
     assert [q.answers for q in found] == [("dog",), ("dog", "dogs"), ()]
@@ -96,8 +97,10 @@ def test_questions_about_videos(tmp_path):
     assert found[0].question == "what runs ?"
     assert found[0].fields == {"answer_type": "what"}
     assert found[2].where == f"{path}, line 3"
-    as_list = listed("video_qa", write_json(tmp_path / "qa.json", lines))
+    as_list = listed("video_qa", write_json(tmp_path / "qa.json", lines), role="test")
     assert [(q.image, q.answers) for q in as_list] == [(q.image, q.answers) for q in found]
+    *_, problem = listed("video_qa", path)
+    assert (problem.where, problem.reason) == (f"{path}, line 3", "question without answers")
 
 
 def test_bad_lines_name_file_line_and_field(tmp_path):
@@ -138,7 +141,7 @@ def test_bad_lines_name_file_line_and_field(tmp_path):
     ("item", "text"),
     [
         ({"answer": "x", "video_id": "v"}, "question is None, expected text"),
-        ({"question": "q", "answer": 3, "video_id": "v"}, "answer is 3, expected a text"),
+        ({"question": "q", "answer": 3, "video_id": "v"}, "answer is '3', expected a text"),
         ({"question": "q", "answer": "x"}, "clip_name is None"),
         ({"question": "q", "answer": "x", "video_id": True}, "video_id is True"),
     ],

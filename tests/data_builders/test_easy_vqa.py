@@ -106,3 +106,9 @@ def test_what_is_not_such_a_question_is_refused(wheel, tmp_path):
         made.writestr("easy_vqa/data/train/questions.json", json.dumps(QUESTIONS["train"]))
     with pytest.raises(EasyVqaError, match=r"images/0\.png.*easy-vqa 1\.0"):
         main(["--wheel", str(tmp_path / "other.whl"), "--out", str(tmp_path / "out")])
+    with zipfile.ZipFile(tmp_path / "bare.whl", "w") as bare, zipfile.ZipFile(wheel) as whole:
+        for name in whole.namelist():
+            if "LICENSE" not in name:
+                bare.writestr(name, whole.read(name))
+    with pytest.raises(EasyVqaError, match=r"bare\.whl: no LICENSE"):
+        main(["--wheel", str(tmp_path / "bare.whl"), "--out", str(tmp_path / "out")])

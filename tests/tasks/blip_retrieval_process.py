@@ -1,4 +1,4 @@
-"""One of several processes that train BLIP on shares of batches: rank, world, folder."""
+"""Two processes that train BLIP on shares of batches."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mmtune.device import leave_together
+from tests.tasks.group import in_group
 from tests.tasks.tiny_blip import adapted, batch_of, make_task, trained_parameters
 
 # name -> (method, its options, pairs of each of two processes in three steps)
@@ -43,20 +42,14 @@ def steps(folder, name, share, wrap=lambda model: model):
     return {"losses": torch.tensor(losses), "gradients": gradients, "state": hooks.state_dict()}
 
 
-def main(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world
-    )
-
+def work(rank, folder):
     def wrap(model):
         return DistributedDataParallel(model, find_unused_parameters=True)
 
     for name, (_, _, shares) in CASES.items():
         found = steps(folder / f"{name}-data-{rank}", name, shares[rank], wrap)
         torch.save(found, folder / f"{name}-{rank}.pt")
-    leave_together()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.exit(any(in_group(work, Path(sys.argv[1]))))

@@ -6,20 +6,19 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.tasks.blip_retrieval_process import CASES, STEPS, steps
-from tests.tasks.group import run_group
+from tests.tasks.group import ROOT, run_module
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of two gloo processes found, by case."""
     folder = tmp_path_factory.mktemp("blip")
-    run_group("tests.tasks.blip_retrieval_process", folder)
+    run_module("tests.tasks.blip_retrieval_process", folder)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
         for name in CASES
@@ -54,8 +53,7 @@ KEPT = (ADAPTER, ADAPTER, "hooks.safetensors", "metrics.jsonl")
 
 def begin(*arguments):
     command = [sys.executable, "-m", "tests.tasks.blip_retrieval_run", *map(str, arguments)]
-    root = Path(__file__).parent.parent.parent
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=root)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
 
 
 def ended(process):

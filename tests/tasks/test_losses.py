@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mmtune.tasks.losses import clip_loss, sigmoid_loss
-from tests.tasks.group import run_group
+from tests.tasks.group import run_module
 from tests.tasks.two_towers import CASES, TwoTowers, case_loss, whole
 
 
@@ -78,7 +78,7 @@ def test_autocast_does_not_round_the_logits():
 def two_processes(tmp_path_factory):
     """What each of two gloo processes computed, by case."""
     folder = tmp_path_factory.mktemp("gather")
-    run_group("tests.tasks.gather_process", folder)
+    run_module("tests.tasks.gather_process", folder)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
         for name in CASES

@@ -208,7 +208,7 @@ def test_too_long_captions_are_counted_once(tmp_path, caplog):
     assert task.truncated == 4  # two images, in train and in test
     messages = [r.getMessage() for r in caplog.records if "longer than" in r.getMessage()]
     assert len(messages) == 1
-    assert f"4 of 32 captions are longer than the {LENGTH} tokens" in messages[0]
+    assert f"4 of 32 texts are longer than the {LENGTH} tokens" in messages[0]
     assert "The longest has 11 tokens" in messages[0]
     batch = task.collate([task.train_dataset[i] for i in range(8)])
     assert batch["input_ids"].shape[1] <= LENGTH

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.tasks.group import run_module
 from tests.tasks.text_process import SHARES, batch_of, make
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder in which the processes left their results, and how each of them ended."""
     folder = tmp_path_factory.mktemp("text")
-    command = [sys.executable, "-m", "tests.tasks.text_process", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads((folder / "status.json").read_text()), done.stderr
+    errors = run_module("tests.tasks.text_process", folder)
+    return folder, json.loads((folder / "status.json").read_text()), errors
 
 
 @pytest.mark.parametrize("kind", SHARES)

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.tasks.group import run_module
+from tests.tasks.video_process import SHARES, batch_of, make
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder in which two processes left their losses and gradients."""
     folder = tmp_path_factory.mktemp("video")
-    command = [sys.executable, "-m", "tests.tasks.video_process", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "status.json").read_text()) == [0, 0], done.stderr
+    run_module("tests.tasks.video_process", folder)
     return folder
 
 
 @pytest.mark.parametrize("kind", ["video_retrieval", "video_qa"])
 def test_two_processes_have_the_gradient_of_one(finished, kind, tmp_path):
-    from tests.tasks.video_process import SHARES, batch_of, make
-
     task, model = make(kind, tmp_path)
     loss, _ = task.loss(model, batch_of(task, [i for share in SHARES for i in share]))
     loss.backward()

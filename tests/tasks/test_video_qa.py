@@ -54,7 +54,7 @@ def test_the_question_attends_to_the_tokens_of_all_frames(tmp_path):
     assert batch["pixel_values"].shape == (2, 4, 3, 32, 32)
     read = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
     with torch.no_grad():
-        found = task.backbone.read(model, **read)
+        found = task.writer.read(model, **read)
         for row in range(2):
             frames = [
                 model.vision_model(pixel_values=frame[None]).last_hidden_state

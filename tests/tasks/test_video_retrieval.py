@@ -247,5 +247,5 @@ def test_half_precision_weights_are_fed_their_own_dtype(tmp_path):
     loss, _ = task.loss(task.loaded.model, batch_of(task, range(8)))
     assert loss.dtype == torch.float32
     ref = VideoFile(str(tmp_path), "light-red.mp4")
-    features = task._image_features(task.loaded.model, task._eval_pixels(ref)[None].bfloat16())
+    features = task._image_features(task.loaded.model, task.eval_pixels(ref)[None].bfloat16())
     torch.testing.assert_close(features.norm(dim=1), torch.ones(1))

@@ -102,9 +102,9 @@ def test_the_loss_is_the_weighted_sum_over_answers_each_scored_alone(tmp_path):
         for answer in set(question.answers):
             share = question.answers.count(answer) / len(question.answers)
             batch = batch_of(task, [index])
-            one = task.backbone.targets(task.loaded.tokenizer, [answer])
+            one = task.writer.targets(task.loaded.tokenizer, [answer])
             with torch.no_grad():
-                logits = task.backbone.target_logits(
+                logits = task.writer.target_logits(
                     task.loaded.model, batch | one | {"owner": torch.tensor([0])}
                 )
             total -= share * float(log_probabilities(logits, *one.values()).sum())
@@ -163,8 +163,8 @@ def test_a_gradient_through_the_model_is_that_of_finite_differences(tmp_path):
 
 
 def ranked(task, model, answers, questions, **settings):
-    ranker = AnswerRanker(task.backbone, task.loaded.tokenizer, answers, **settings)
-    pixels = torch.stack([task.pixels(q) for q in questions])
+    ranker = AnswerRanker(task.writer, task.loaded.tokenizer, answers, **settings)
+    pixels = torch.stack([task.eval_pixels(q.image) for q in questions])
     with torch.no_grad():
         return ranker.best(model, {"pixel_values": pixels, **task.prompts(questions)})
 
@@ -176,11 +176,11 @@ def test_ranking_finds_the_most_likely_answer_whatever_the_batch(tmp_path):
     questions = task.splits["test"].records[:12]
     scores = torch.zeros(12, len(ANSWERS))
     for i, question in enumerate(questions):
-        batch = {"pixel_values": task.pixels(question)[None], **task.prompts([question])}
+        batch = {"pixel_values": task.eval_pixels(question.image)[None], **task.prompts([question])}
         for j, answer in enumerate(ANSWERS):
-            one = task.backbone.targets(task.loaded.tokenizer, [answer])
+            one = task.writer.targets(task.loaded.tokenizer, [answer])
             with torch.no_grad():
-                logits = task.backbone.target_logits(
+                logits = task.writer.target_logits(
                     model, batch | one | {"owner": torch.tensor([0])}
                 )
             scores[i, j] = log_probabilities(logits, *one.values()).sum()
@@ -190,12 +190,12 @@ def test_ranking_finds_the_most_likely_answer_whatever_the_batch(tmp_path):
         assert ranked(task, model, ANSWERS, questions, **settings) == want
     # The most likely first token alone: its answers, of which the whole text decides.
     first = torch.zeros(12, len(ANSWERS))
-    ids = task.backbone.targets(task.loaded.tokenizer, ANSWERS)["target_ids"][:, 0]
-    pixels = torch.stack([task.pixels(q) for q in questions])
+    ids = task.writer.targets(task.loaded.tokenizer, ANSWERS)["target_ids"][:, 0]
+    pixels = torch.stack([task.eval_pixels(q.image) for q in questions])
     batch = {"pixel_values": pixels, **task.prompts(questions)}
     one = {"target_ids": ids[:1].expand(12, 1), "target_mask": torch.ones(12, 1).long()}
     with torch.no_grad():
-        logits = task.backbone.target_logits(model, batch | one | {"owner": torch.arange(12)})
+        logits = task.writer.target_logits(model, batch | one | {"owner": torch.arange(12)})
     first = logits[:, 0][:, ids]
     two = first.argsort(dim=1, descending=True, stable=True)[:, :2].sort(1).values
     best = two.gather(1, scores.gather(1, two).argmax(1, keepdim=True))[:, 0]
@@ -227,14 +227,12 @@ def test_a_list_without_the_answers_is_named_and_counted(tmp_path, caplog):
     path = tmp_path / "answers.txt"
     path.write_text("red\nyes\nno\ncircle\nsquare\n")
     options = {"inference": "rank", "answer_list": str(path)}
-    task = make_task(tmp_path, **options)
     with caplog.at_level(logging.WARNING):
-        task.evaluate(task.loaded.model, progress=False)
+        make_task(tmp_path, **options)
     assert "lacks every answer to 12 of 48 questions" in caplog.text
     assert "record 6: answer not in the list: 'what colour is it': ['green']" in caplog.text
-    strict = make_task(tmp_path, missing_answers="raise", **options)
-    with pytest.raises(DataError, match="12 answer not in the list"):
-        strict.evaluate(strict.loaded.model, progress=False)
+    with pytest.raises(DataError, match="24 answer not in the list"):  # of val and test
+        make_task(tmp_path, missing_answers="raise", **options)
 
 
 def test_evaluation_does_not_depend_on_batches_or_on_preparation(tmp_path):

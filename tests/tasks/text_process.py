@@ -1,4 +1,4 @@
-"""Divided batches, and runs that are killed: each in a fork of one process, whose start is slow."""
+"""Batches of texts that two processes share, and runs that are killed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 from mmtune.config import TrainingOptions
 from mmtune.data.transforms import AugmentOptions
-from mmtune.device import leave_together
 from mmtune.tasks.captioning import CaptioningOptions, CaptioningTask
 from mmtune.tasks.vqa import VqaOptions, VqaTask
 from mmtune.training import train
+from tests.tasks.group import forked, in_group, status
 from tests.tasks.shapes import caption_data, loaded, question_data
 
 SHARES = {"vqa": (5, 2), "caption": (2, 5)}  # samples on each of two processes
@@ -45,10 +43,7 @@ def batch_of(task, kind, first, count):
     return task.collate([task.train_dataset[step * i] for i in range(first, first + count)])
 
 
-def share(rank, world, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world
-    )
+def share(rank, folder):
     for kind, sizes in SHARES.items():
         own = folder / f"{kind}-data-{rank}"
         own.mkdir()
@@ -58,7 +53,6 @@ def share(rank, world, folder):
         loss.backward()
         found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         torch.save({"loss": loss.detach(), **found}, folder / f"{kind}-{rank}.pt")
-    leave_together()
 
 
 def run(kind, folder, kill_in_step, resume):
@@ -86,26 +80,8 @@ def run(kind, folder, kill_in_step, resume):
     model.save_pretrained(folder / "adapter")
 
 
-def forked(work, *arguments):
-    """The id of a child that does the work and exits with 0."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work(*arguments)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def status(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def main(folder):
-    ranks = [forked(share, rank, 2, folder) for rank in range(2)]
-    found = {"share": [status(child) for child in ranks]}
+    found = {"share": in_group(share, folder)}
     for kind in SHARES:
         whole, cut = folder / f"{kind}-whole", folder / f"{kind}-cut"
         runs = [(whole, 0, False), (cut, 6, False), (cut, 0, True)]
@@ -114,5 +90,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(Path(sys.argv[1]))

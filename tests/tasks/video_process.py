@@ -1,18 +1,15 @@
-"""Batches of videos that two processes share: forks of one process, whose start is slow."""
+"""Batches of videos that two processes share."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mmtune.device import leave_together
 from tests.tasks import test_video_qa, test_video_retrieval
-from tests.tasks.text_process import forked, status
+from tests.tasks.group import in_group
 
 SHARES = ([0, 1, 2, 3, 4], [5, 6, 7])  # samples of each process
 
@@ -35,10 +32,7 @@ def batch_of(task, indices):
     return task.collate([task.train_dataset[i] for i in indices])
 
 
-def share(rank, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
-    )
+def work(rank, folder):
     for kind in ("video_retrieval", "video_qa"):
         own = folder / f"{kind}-data-{rank}"
         own.mkdir()
@@ -48,11 +42,7 @@ def share(rank, folder):
         loss.backward()
         found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         torch.save({"loss": loss.detach(), "gradients": found}, folder / f"{kind}-{rank}.pt")
-    leave_together()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    to = Path(sys.argv[1])
-    ranks = [forked(share, rank, to) for rank in range(2)]
-    (to / "status.json").write_text(json.dumps([status(child) for child in ranks]))
+    sys.exit(any(in_group(work, Path(sys.argv[1]))))

@@ -24,7 +24,7 @@ def layer(blocks, rank=3, dtype=torch.float64, seed=0, **settings):
     factors.add_adapter("default")
     config = AuroraConfig(rank=rank, **settings)
     adapted = AuroraLinear(base, factors)
-    adapted.add_adapter("default", blocks, rank, config, generator)
+    adapted.add_adapter("default", blocks.shape_key, blocks, rank, config, generator)
     for group in (factors.aurora_V, factors.aurora_core):
         for p in group["default"].values():
             p.data = torch.randn(p.shape, generator=generator)

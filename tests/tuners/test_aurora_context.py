@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from mmtune import AuroraConfig, load_adapter, merge
 from mmtune.backbones import backbone_of
 from mmtune.conformance.backbones import build
+from mmtune.parameters import parameter_groups
 from mmtune.tuners.aurora import PooledContext, context_of
 from mmtune.tuners.aurora.layer import AuroraLinear
 
@@ -192,6 +193,15 @@ def test_sharing_groups_the_factors(sharing, keys):
     numbers = sum(r * (int(a) + int(b)) + r for k, r in ranks.items() for a, b in [shape(k)])
     modes = 2 * (2 * 2 + 7 * 1 + 2 * 2)  # layers x (vision, text with fc1 in four, fusion)
     assert wrapped.get_nb_trainable_parameters()[0] == numbers + modes
+
+
+def test_factors_of_layers_are_listed_together():
+    wrapped, view = adapted(sharing="layer", sites=["q"], gate="tanh", context="off")
+    groups = {group.role: group for group in parameter_groups(wrapped, view.sites())}
+    factors = groups["mode_factors.aurora_U.default.text_*_32x32"]
+    assert (factors.branch, factors.tensors, factors.count) == ("shared", 2, 2 * 2 * 32)
+    gates = groups["mode_fusion_fusion_*.aurora_gate.default.beta"]
+    assert (gates.tensors, gates.count) == (2, 2 * 32)
 
 
 def shape(key):

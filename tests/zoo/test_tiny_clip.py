@@ -13,6 +13,7 @@ from mmtune.zoo.tiny_clip.augmentation import augment, mix, recolour
 from mmtune.zoo.tiny_clip.byte_pairs import learn_merges
 from mmtune.zoo.tiny_clip.captions import may_mirror, variants
 from mmtune.zoo.tiny_clip.export import score
+from mmtune.zoo.tiny_clip.material import Gathered, on_device, read_pictures
 from mmtune.zoo.tiny_clip.objectives import contrast, soft_targets, unlike
 from mmtune.zoo.tiny_clip.tokenizer import train_tokenizer
 
@@ -178,3 +179,24 @@ def test_every_pair_of_the_same_text_counts_as_right():
     assert score(images, texts, [7, 7, 8, 9])["txt2img R@1"]["value"] == 100
     apart = score(images, texts, [1, 2, 3, 4])["img2txt R@1"]
     assert (apart["value"], apart["n"]) == (50, 4)
+
+
+def test_material_keeps_the_order_of_what_was_gathered():
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(zoo.model_path("tiny-clip")))
+    texts = [["red hat", "hat"], ["blue cup", "cup"], ["gray dog", "dog"]]
+    sentences = torch.arange(7.0)[:, None]
+    pictures = read_pictures("clipart", "val", 3, 16)
+    gathered = Gathered(pictures, 2, texts, ["word"], sentences)
+    made = on_device(gathered, tokenizer, 8, torch.device("cpu"))
+
+    def said(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    assert made.tokens.shape == (3, 2, 8)
+    assert [[said(ids) for ids in some] for some in made.tokens] == texts
+    assert made.sentences.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert [said(ids) for ids in made.word_tokens] == ["word"]
+    assert made.word_sentences.tolist() == [[6]]
+    assert (made.clipart, made.groups.tolist()) == (2, pictures.groups)

@@ -37,6 +37,8 @@ def source_files(source: SourceOptions, role: str = "train") -> list[str]:
         from mmtune.data.readers import zoo
 
         return [str(path) for path in zoo.files(source, role)]
+    if source.format == "synthetic":
+        return []
     path = Path(str(source.path))
     if path.is_file():
         return [str(path), *([source.answers] if source.answers else [])]

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmtune.data.options import SourceOptions
-from mmtune.data.readers.json_files import image_root, load_json, wrong_shape
-from mmtune.data.records import ImageFile, Problem, Question, answers_of
-
-READ = ("image", "question", "answer")
+from mmtune.data.readers.json_files import image_root, load_json, question_record, wrong_shape
+from mmtune.data.records import ImageFile, Problem, Question
 
 
 def read(source: SourceOptions, role: str) -> Iterator[Question | Problem]:
@@ -23,23 +21,13 @@ def read(source: SourceOptions, role: str) -> Iterator[Question | Problem]:
         raise wrong_shape(path, "a list of {image, question, answer} (BLIP's flat JSON)", document)
     root = image_root(source.images, path)
     for number, item in enumerate(document):
-        yield _question(item, root, f"{path}, record {number}", number, role == "test")
+        yield _question(item, root, f"{path}, record {number}", number, role)
 
 
-def _question(
-    item: Any, root: str, where: str, number: int, may_be_hidden: bool
-) -> Question | Problem:
+def _question(item: Any, root: str, where: str, number: int, role: str) -> Question | Problem:
     if not isinstance(item, dict):
         return Problem(where, "malformed record", f"expected a mapping, got {item!r:.60}")
-    name, text = item.get("image"), item.get("question")
+    name = item.get("image")
     if not isinstance(name, str):
         return Problem(where, "malformed record", f"image is {name!r:.60}, expected a path")
-    if not isinstance(text, str) or not text.strip():
-        return Problem(where, "malformed record", f"question is {text!r:.60}, expected text")
-    hidden = may_be_hidden and "answer" not in item
-    answers = () if hidden else answers_of(item.get("answer"), where, "answer")
-    if isinstance(answers, Problem):
-        return answers
-    rest = {k: v for k, v in item.items() if k not in READ}
-    identity = item.get("question_id", number)
-    return Question(ImageFile(root, name), text.strip(), answers, str(identity), where, rest)
+    return question_record(item, ImageFile(root, name), where, number, role, ("image",))

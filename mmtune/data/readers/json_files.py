@@ -7,7 +7,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmtune.data.records import DataError, ImageFile, Problem, Record, captions_of
+from mmtune.data.records import (
+    DataError,
+    ImageFile,
+    MediaRef,
+    Problem,
+    Question,
+    Record,
+    answers_of,
+    captions_of,
+)
+
+IDS = ("question_id", "id")  # keys of a question's id
 
 
 def load_json(path: str) -> Any:
@@ -20,6 +31,8 @@ def load_json(path: str) -> Any:
         raise DataError([Problem(where, "not JSON", error.msg)]) from None
     except RecursionError:
         raise DataError([Problem(path, "not JSON", "nested too deeply")]) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError([Problem(path, "not JSON", str(error))]) from None
 
 
 def read_text(path: str) -> str:
@@ -76,6 +89,32 @@ def file_record(
     rest = {k: v for k, v in item.items() if k not in (image, column)}
     known = item.get(identity)
     return Record(ImageFile(root, name), texts, str(name if known is None else known), where, rest)
+
+
+def question_record(
+    item: dict[str, Any], media: MediaRef, where: str, number: int, role: str, used: Sequence[str]
+) -> Question | Problem:
+    """The question of one JSON mapping about an image or video, or what is wrong with it.
+
+    Args:
+        item: {"question", "answer": text or list, "question_id"?}; in a test split the answer may
+            be missing or empty: it is hidden.
+        media: what the question is about.
+        where: names the file and the place in it.
+        number: of the mapping, its id where it has none.
+        role: train, val or test.
+        used: keys that say what the question is about.
+    """
+    text, given = item.get("question"), item.get("answer")
+    if not isinstance(text, str) or not text.strip():
+        return Problem(where, "malformed record", f"question is {text!r:.60}, expected text")
+    hidden = role == "test" and given in (None, "", [])
+    answers = () if hidden else answers_of(given, where, "answer")
+    if isinstance(answers, Problem):
+        return answers
+    identity = next((item[key] for key in IDS if item.get(key) is not None), number)
+    rest = {k: v for k, v in item.items() if k not in ("question", "answer", *used)}
+    return Question(media, text.strip(), answers, str(identity), where, rest)
 
 
 def wrong_shape(path: str, expected: str, got: Any) -> DataError:

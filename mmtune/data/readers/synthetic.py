@@ -7,7 +7,9 @@ are written below `path`. Everything follows from the role and the number of the
 from __future__ import annotations
 
 import io
+import os
 import random
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,7 +101,12 @@ def _film(folder: str, number: int) -> VideoFile:
         rng = random.Random(f"film {number}")
         first, last = (_blots(rng, FILM) for _ in range(2))
         path.parent.mkdir(parents=True, exist_ok=True)
-        (_encode if with_av else _unpack)(path, first, last)
+        partial = path.with_name(f".{os.getpid()}-{name}")
+        (_encode if with_av else _unpack)(partial, first, last)
+        try:
+            partial.rename(path)
+        except OSError:  # another process of the run wrote the same folder first
+            shutil.rmtree(partial)
     return VideoFile(folder, name)
 
 
@@ -114,20 +121,16 @@ def _frames(first: Image, last: Image) -> Iterator[Image]:
 def _encode(path: Path, first: Image, last: Image) -> None:
     import av
 
-    partial = path.with_suffix(".partial.mp4")
-    with av.open(str(partial), "w") as container:
+    with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=RATE)
         stream.width, stream.height = FILM
         stream.pix_fmt = "yuv420p"
         for frame in _frames(first, last):
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
-    partial.rename(path)
 
 
 def _unpack(path: Path, first: Image, last: Image) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.mkdir()
+    path.mkdir()
     for number, frame in enumerate(_frames(first, last)):
-        frame.save(partial / f"{number:03}.jpg")
-    partial.rename(path)
+        frame.save(path / f"{number:03}.jpg")

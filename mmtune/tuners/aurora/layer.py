@@ -50,23 +50,23 @@ class AuroraLinear(nn.Module, AuroraLayer):
     def add_adapter(
         self,
         name: str,
+        key: str,
         blocks: Blocks,
         rank: int,
         config: AuroraConfig,
         generator: torch.Generator | None,
-        key: str | None = None,
     ) -> None:
         """Give the layer an adapter.
 
         Args:
             name: of the adapter.
+            key: of the factors that it shares; see `sharing_key`.
             blocks: how the weight is cut.
             rank: components that it uses.
             config: of the adapter.
             generator: of the random start.
-            key: of the factors that it shares; None means those of all blocks of its shape.
         """
-        factors, key = cast(ModeFactors, self.factors), key or blocks.shape_key
+        factors = cast(ModeFactors, self.factors)
         # What all branches share must hold the largest of their ranks.
         r = config.rank if config.sharing == "all" else rank
         factors.require(name, key, blocks, r, config.core, generator)

@@ -43,7 +43,7 @@ class AuroraModel(SitedTuner):
                 f"adapted branches ({', '.join(config.branches)})"
             )
 
-    def _choose(self, backbone: Backbone, config: Any) -> Sequence[Any]:
+    def _choose(self, backbone: Backbone, config: Any) -> Sequence[Site | Fusion]:
         chosen = backbone.select(config.branches, config.sites, config.layers)
         require_linear(chosen, "aurora")
         fusions = settle(backbone, config)
@@ -71,7 +71,7 @@ class AuroraModel(SitedTuner):
         base: Any = layer.get_base_layer()
         blocks = cut(site, base.out_features, base.in_features)
         rank, key = config.rank_of(site.branch), sharing_key(config.sharing, site, blocks)
-        layer.add_adapter(adapter_name, blocks, rank, config, self._generator, key)
+        layer.add_adapter(adapter_name, key, blocks, rank, config, self._generator)
         for part in (layer, factors):
             self._settle(part, adapter_name, base.weight.device)
         return layer

@@ -48,8 +48,8 @@ def train_blip(
     asked: Asked | None,
     generator: torch.Generator,
     out: Path,
-) -> tuple[TinyBlip, int]:
-    """Returns the averaged weights as a model of its own, in eval mode, and the steps."""
+) -> int:
+    """Train `model`, write the averages of its weights to `out`, and return the steps done."""
     import torch
     from tqdm import tqdm
 
@@ -90,7 +90,7 @@ def train_blip(
                 found = {name: round(value.item(), 3) for name, value in losses.items()}
                 log.info("step %d (%.0f s) %s", step, clock.seconds(), json.dumps(found))
                 log.info("val %s", json.dumps(check(average, out, device)))
-    return average, step
+    return step
 
 
 def check(model: TinyBlip, out: Path, device: torch.device) -> dict[str, float]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtune.runs import write_text
+from mmtune.runs import write_tensors, write_text
 from mmtune.zoo.tiny_clip.teachers import sentence_embeddings
 
 if TYPE_CHECKING:
@@ -136,14 +135,10 @@ def score_teacher(
 
 def export(model: Any, out: Path) -> None:
     """Write open_clip_config.json and open_clip_model.safetensors (fp16) beside the tokenizer."""
-    from safetensors.torch import save_file
-
     from mmtune.zoo.conversion import open_clip_config, to_open_clip
 
     state = {name: t.half().cpu().contiguous() for name, t in model.state_dict().items()}
-    temporary = out / "open_clip_model.safetensors.tmp"
-    save_file(to_open_clip(state), temporary, {"format": "pt"})
-    os.replace(temporary, out / "open_clip_model.safetensors")
+    write_tensors(out / "open_clip_model.safetensors", to_open_clip(state), {"format": "pt"})
     write_json(open_clip_config(model.config, 0.5, 0.5), out / "open_clip_config.json")
 
 

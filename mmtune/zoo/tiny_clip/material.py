@@ -160,23 +160,28 @@ def gather(recipe: Recipe, teachers: Path, icons: Path | None, device: torch.dev
     return Gathered(pictures, clipart, texts, words, sentences)
 
 
-def on_device(gathered: Gathered, ids: Tensor, device: torch.device) -> Material:
-    """Move everything to `device`.
+def on_device(gathered: Gathered, tokenizer: Any, context: int, device: torch.device) -> Material:
+    """Tokenize and move everything to `device`.
 
     Args:
-        gathered: n drawings with v texts each, and w words.
-        ids: int64, the tokens of `gathered.flat` and then of `gathered.words`.
+        gathered: drawings with their texts, and further words.
+        tokenizer: of the model.
+        context: tokens a text.
         device: where training runs.
-
-    Shape:
-        ids [n * v + w, t].
     """
     import torch
 
     pictures = gathered.pictures
     count, variants = len(gathered.texts), len(gathered.texts[0])
     cut = count * variants
-    ids, sentences = ids.to(device), gathered.sentences.to(device)
+    ids = tokenizer(
+        gathered.flat + gathered.words,
+        return_tensors="pt",
+        padding="max_length",
+        truncation=True,
+        max_length=context,
+    ).input_ids.to(device)
+    sentences = gathered.sentences.to(device)
     pictures.pixels = pictures.pixels.to(device)
     return Material(
         pictures=pictures,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from mmtune.runs import write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,6 @@ def sentence_embeddings(folder: Path, texts: Sequence[str], device: torch.device
         [n, 384].
     """
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     cache = folder / f"sentences-{digest[:12]}.safetensors"
@@ -88,9 +88,7 @@ def sentence_embeddings(folder: Path, texts: Sequence[str], device: torch.device
                 return opened.get_tensor("embeddings").float()
     log.info("embedding %d texts", len(texts))
     result = encode_sentences(folder, texts, device)
-    temporary = cache.with_name(cache.name + ".tmp")
-    save_file({"embeddings": result.half()}, temporary, {"texts_sha256": digest})
-    os.replace(temporary, cache)
+    write_tensors(cache, {"embeddings": result.half()}, {"texts_sha256": digest})
     return result.half().float()
 
 

@@ -1,0 +1,1 @@
+"""Editors: one file each, found by their EDITORS (see `editing.methods.base`)."""

@@ -1,0 +1,228 @@
+"""Fine-tuning as an edit: gradient steps on a region until the model says the target.
+
+The steps are taken on a change beside the model, whose parameters are never written to; the change
+is kept in float32, so that steps too small for a bf16 weight add up.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from editing.changes import Change, Delta, LowRank, exact_dtype
+from editing.methods.base import Editor
+from editing.regions import Region, RegionName, parameters_of
+from editing.weight_edits import WeightEdit
+from mmtune.backbones.base import SiteError
+from mmtune.backbones.generation import log_probabilities
+
+if TYPE_CHECKING:
+    from editing.edits import Edit
+    from editing.mllm import MLLM, Batch
+    from editing.requests import EditRequest
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Leaves = tuple[Tensor, ...]  # what is trained in place of one parameter
+
+
+@dataclass(frozen=True)
+class FineTuneOptions:
+    """Settings of FT.
+
+    Attributes:
+        region: "vision", "language", or branches, sites and layers.
+        steps: of the optimiser at most; it stops as soon as every target is what the model writes.
+        lr: AdamW's.
+        weight_decay: AdamW's, which pulls the change, not the weights, towards zero.
+        batch_size: requests computed at once; a step always follows the gradient of all.
+        seed: of what is drawn where no generator is given.
+    """
+
+    region: RegionName | Region = "language"
+    steps: Count = 25
+    lr: Positive = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Count = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ConstrainedOptions(FineTuneOptions):
+    """Settings of FT-L.
+
+    Attributes:
+        bound: no number of the region changes by more than this.
+    """
+
+    bound: Positive = 5e-4
+
+
+@dataclass(frozen=True)
+class LoraOptions(FineTuneOptions):
+    """Settings of the LoRA edit.
+
+    Attributes:
+        rank: of the change of each matrix.
+        alpha: the change is alpha / rank times the product of the factors.
+    """
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    lr: Positive = 5e-3
+
+
+class _Editing(Editor):
+    """Steps of AdamW on the mean of -log p over the targets' tokens, averaged over requests."""
+
+    @abstractmethod
+    def factors(
+        self, weights: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Leaves]:
+        """Parameter name -> the leaf tensors that are trained for it, the change being zero."""
+
+    @abstractmethod
+    def change(self, leaves: Leaves) -> Change:
+        """The change that leaf tensors stand for; differentiable."""
+
+    def after_step(self, leaves: Leaves) -> None:
+        """Where a constraint puts leaf tensors back to what it allows."""
+
+    def make(self, mllm: MLLM, requests: Sequence[EditRequest], generator: torch.Generator) -> Edit:
+        weights = dict(parameters_of(mllm.backbone, self.settings.region))
+        trained = self.factors(weights, generator)
+        leaves = [leaf for part in trained.values() for leaf in part]
+        optimiser = torch.optim.AdamW(
+            leaves, lr=self.settings.lr, weight_decay=self.settings.weight_decay
+        )
+        size = self.settings.batch_size
+        batches = [mllm.batch(requests[i : i + size]) for i in range(0, len(requests), size)]
+        steps = 0
+        while True:
+            with torch.enable_grad():
+                loss, likely = self._gradients(mllm, batches, weights, trained, len(requests))
+            said = likely and self._says(mllm, batches, weights, trained)
+            if said or steps == self.settings.steps:
+                break
+            optimiser.step()
+            optimiser.zero_grad()
+            with torch.no_grad():
+                for part in trained.values():
+                    self.after_step(part)
+            steps += 1
+        changes = {name: _detached(self.change(part)) for name, part in trained.items()}
+        return WeightEdit.of(mllm, changes, {"steps": steps, "loss": loss, "said": said})
+
+    def _edited(
+        self, weights: Mapping[str, Tensor], trained: Mapping[str, Leaves]
+    ) -> dict[str, Tensor]:
+        return {name: self.change(trained[name]).on(weight) for name, weight in weights.items()}
+
+    def _gradients(
+        self,
+        mllm: MLLM,
+        batches: Sequence[Batch],
+        weights: Mapping[str, Tensor],
+        trained: Mapping[str, Leaves],
+        count: int,
+    ) -> tuple[float, bool]:
+        """The loss, whose gradients are left in the leaves, and whether each target is likeliest.
+
+        Every token likeliest after those before it: written greedily, that is the target.
+        """
+        total, likely = 0.0, True
+        for batch in batches:
+            logits = mllm.answer_logits(batch, self._edited(weights, trained))
+            logs = log_probabilities(logits, batch.target_ids, batch.target_mask)
+            loss = -(logs.sum(1) / batch.target_mask.sum(1)).sum() / count
+            loss.backward()
+            total += float(loss.detach())
+            hit = (logits.argmax(-1) == batch.target_ids) | (batch.target_mask == 0)
+            likely = likely and bool(hit.all())
+        return total, likely
+
+    @torch.no_grad()
+    def _says(
+        self,
+        mllm: MLLM,
+        batches: Sequence[Batch],
+        weights: Mapping[str, Tensor],
+        trained: Mapping[str, Leaves],
+    ) -> bool:
+        edited = self._edited(weights, trained)
+        return all(mllm.answer(b, weights=edited) == mllm.target_texts(b) for b in batches)
+
+
+class FineTune(_Editing):
+    """FT: every number of the region is free."""
+
+    name: ClassVar[str] = "ft"
+    summary: ClassVar[str] = "fine-tuning of a region, until the target is what the model writes"
+    source: ClassVar[str] = "baseline of MMEdit, arXiv 2310.08475"
+    options: ClassVar[type] = FineTuneOptions
+
+    def factors(
+        self, weights: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Leaves]:
+        zeros = {n: torch.zeros_like(w, dtype=exact_dtype(w)) for n, w in weights.items()}
+        return {name: (zero.requires_grad_(),) for name, zero in zeros.items()}
+
+    def change(self, leaves: Leaves) -> Change:
+        return Delta(*leaves)
+
+
+class ConstrainedFineTune(FineTune):
+    """FT-L: no number moves further than a bound (the L-infinity norm of the change)."""
+
+    name: ClassVar[str] = "ft-l"
+    summary: ClassVar[str] = "fine-tuning in which no number moves further than a bound"
+    source: ClassVar[str] = "FT+L of ROME, arXiv 2202.05262; Zhu et al., arXiv 2012.00363"
+    options: ClassVar[type] = ConstrainedOptions
+
+    def after_step(self, leaves: Leaves) -> None:
+        for leaf in leaves:
+            leaf.clamp_(-self.settings.bound, self.settings.bound)
+
+
+class LoraEdit(_Editing):
+    """A change of low rank: the factors are trained, and the edit keeps them."""
+
+    name: ClassVar[str] = "lora"
+    summary: ClassVar[str] = "fine-tuning of a region by a change of low rank"
+    source: ClassVar[str] = "LoRA, arXiv 2106.09685, as an editor in EasyEdit, arXiv 2308.07269"
+    options: ClassVar[type] = LoraOptions
+
+    def factors(
+        self, weights: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Leaves]:
+        """Left [out, r] of zeros, right [r, in] drawn uniformly within 1 / sqrt(in), as PEFT's."""
+        found = {}
+        for name, weight in weights.items():
+            if weight.dim() != 2:
+                raise SiteError(
+                    f"a lora edit changes matrices, and {name} has shape {list(weight.shape)}: "
+                    "choose sites that are Linears, without biases"
+                )
+            (rows, columns), dtype = weight.shape, exact_dtype(weight)
+            drawn = torch.rand(self.settings.rank, columns, generator=generator, dtype=dtype)
+            right = ((2 * drawn - 1) / columns**0.5).to(weight.device)
+            left = torch.zeros(rows, self.settings.rank, dtype=dtype, device=weight.device)
+            found[name] = (left.requires_grad_(), right.requires_grad_())
+        return found
+
+    def change(self, leaves: Leaves) -> Change:
+        left, right = leaves
+        return LowRank(left * (self.settings.alpha / self.settings.rank), right)
+
+
+def _detached(change: Change) -> Change:
+    return type(change)(**{n: t.detach().clone() for n, t in change.tensors().items()})
+
+
+EDITORS = (FineTune, ConstrainedFineTune, LoraEdit)

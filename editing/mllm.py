@@ -1,0 +1,376 @@
+"""A multimodal language model that is asked: what editors, edits and metrics see of it.
+
+The model stays a stock transformers model; its backbone says all that differs between families:
+templates, how prompts with and without an image are read, where a target starts (its scores are
+lined up by `Generative.continued`), and, by its sites, which regions it has. A new family is a
+`mmtune.backbones.generative.Generative` with `text_prompts`, `everywhere` and `prefaced`, and
+nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from editing.requests import EditRequest, Probe
+from mmtune.backbones.generation import Decoding, log_probabilities, padded, texts_of
+from mmtune.backbones.generative import Generative
+from mmtune.data.images import load_image
+from mmtune.data.transforms import EvalTransform
+
+if TYPE_CHECKING:
+    from mmtune.backbones.base import Loaded
+
+IGNORED = -100  # the label of a token that is no part of an answer
+WRITTEN = 20  # new tokens at most, unless an answer that is known is longer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Those probes of a batch that have an image, or those that have none.
+
+    Attributes:
+        rows: [k] their numbers in the batch.
+        prompts: {input_ids [k, p], attention_mask [k, p]}.
+        pixels: [k, 3, s, s], or None.
+    """
+
+    rows: Tensor
+    prompts: Mapping[str, Tensor]
+    pixels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n probes as a model reads them, on its device.
+
+    Attributes:
+        probes: what is asked.
+        prefaces: the text that edits put in front of each question.
+        parts: the prompts, with and without an image.
+        target_ids: [n, t] tokens of the answers, an end token after each, padded on the right.
+        target_mask: [n, t], 0 for padding.
+    """
+
+    probes: tuple[Probe, ...]
+    prefaces: tuple[str, ...]
+    parts: tuple[Part, ...]
+    target_ids: Tensor
+    target_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.probes)
+
+    @property
+    def answer_mask(self) -> Tensor:
+        """[n, t], 1 for the answers' own tokens, 0 for their end tokens and padding."""
+        following = nn.functional.pad(self.target_mask[:, 1:], (0, 1))
+        return self.target_mask * following
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Whole sequences as a model reads them, image tokens and padding included.
+
+    Attributes:
+        logits: [n, s, v]; those at t predict token t + 1.
+        labels: [n, s] ids of the answers' own tokens where they stand, else -100.
+        mask: [n, s], 0 for padding.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+class Interceptor:
+    """What an edit may put around a model's answers; here it lets everything pass.
+
+    `inner` is the model as it answers without this interceptor. With several, the one that was put
+    there last is asked first.
+    """
+
+    def preface(self, probe: Probe) -> str:
+        """Text to stand in front of the probe's question."""
+        return ""
+
+    def logits(self, batch: Batch, inner: Callable[[Batch], Tensor]) -> Tensor:
+        """[n, t, v] scores of the answers' tokens, see `MLLM.answer_logits`."""
+        return inner(batch)
+
+    def written(
+        self, batch: Batch, decoding: Decoding, inner: Callable[[Batch, Decoding], list[str]]
+    ) -> list[str]:
+        """An answer to each probe, see `MLLM.answer`."""
+        return inner(batch, decoding)
+
+
+class _Around(nn.Module):
+    """A model whose forward pass is whatever is to be computed with its parts."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock = stock
+
+    def forward(self, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+
+class MLLM:
+    """A stock model with what it needs to be asked.
+
+    It is put in eval mode and frozen: gradients go to the tensors given as `weights` alone.
+
+    Attributes:
+        model: the stock model, its fused attention shown as q, k, v, out.
+        backbone: its family's view of it.
+        tokenizer: its tokenizer.
+        name: what it was loaded by.
+        around: the interceptors of applied edits, in the order in which these were applied.
+
+    Args:
+        loaded: a model that writes text, with its tokenizer.
+        templates: `question`, `text` (no image) or `caption` in place of the family's own.
+
+    Raises:
+        ValueError: a model that does not write text, came without a tokenizer or is wrapped; an
+            unknown template, or one without {question}.
+    """
+
+    def __init__(self, loaded: Loaded, templates: Mapping[str, str] | None = None) -> None:
+        backbone = loaded.backbone
+        if not isinstance(backbone, Generative) or not backbone.writes:
+            raise ValueError(
+                f"an edited model must write text, and {loaded.name} is a "
+                f"{type(loaded.model).__name__}. Use BLIP-2 or LLaVA."
+            )
+        if loaded.tokenizer is None:
+            raise ValueError(
+                f"{loaded.name} was loaded without its tokenizer; set Loaded.tokenizer"
+            )
+        if backbone.model is not loaded.model:
+            raise ValueError(
+                f"edits are made to the stock model, got a {type(loaded.model).__name__} around "
+                f"a {type(backbone.model).__name__}: merge its adapter and unload it first"
+            )
+        backbone.prepare()
+        self.model = loaded.model.eval().requires_grad_(False)
+        self.backbone = backbone
+        self.tokenizer = loaded.tokenizer
+        self.name = loaded.name
+        self.around: list[Interceptor] = []
+        self.templates = _templates(backbone.templates, templates or {})
+        self._transform = EvalTransform(loaded.image)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def batch(self, asked: Sequence[Probe | EditRequest]) -> Batch:
+        """Probes, or requests with their targets as answers, as one batch.
+
+        It holds the prefaces of the edits that are applied now.
+
+        Raises:
+            ValueError: nothing is asked; a request without target; a question without an image on a
+                model that needs one; an image that cannot be used (`ImageProblem`).
+        """
+        probes = tuple(map(probe_of, asked))
+        if not probes:
+            raise ValueError("expected at least one probe or request, got none")
+        prefaces = self._prefaces(probes)
+        prompts = [self._prompt(p, text) for p, text in zip(probes, prefaces, strict=True)]
+        rows = [
+            self.backbone.targets(self.tokenizer, [probe.answer], after=prompt)["target_ids"][0]
+            for probe, prompt in zip(probes, prompts, strict=True)
+        ]
+        ids, mask = padded([row.tolist() for row in rows], self.backbone.pad)
+        groups = [
+            [i for i, probe in enumerate(probes) if (probe.image is None) == bare]
+            for bare in (False, True)
+        ]
+        parts = tuple(self._part(probes, prompts, rows) for rows in groups if rows)
+        return Batch(probes, prefaces, parts, ids.to(self.device), mask.to(self.device))
+
+    def answer_logits(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """[n, t, v]: the scores from which each token of `batch.target_ids` is predicted.
+
+        Which of them count says `batch.target_mask`, or `batch.answer_mask` without end tokens.
+
+        Args:
+            batch: as `batch` makes it, under the same edits that change what is read.
+            weights: parameter name -> what to compute with in its place; differentiated through.
+        """
+        self._require_same_prefaces(batch)
+        answer: Callable[[Batch], Tensor] = partial(self._logits, weights)
+        for interceptor in self.around:
+            answer = partial(interceptor.logits, inner=answer)
+        return answer(batch)
+
+    def nll(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """[n] -log p of each answer, the mean over its tokens and its end token, nats."""
+        logits = self.answer_logits(batch, weights)
+        logs = log_probabilities(logits, batch.target_ids, batch.target_mask)
+        return -logs.sum(1) / batch.target_mask.sum(1)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        asked: Batch | Sequence[Probe | EditRequest],
+        max_tokens: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> list[str]:
+        """What the model says, written greedily and stripped.
+
+        Args:
+            asked: a batch, or probes.
+            max_tokens: new tokens at most, the end included; None takes 20, or as many as the
+                longest answer in the batch has.
+            weights: see `answer_logits`.
+        """
+        batch = asked if isinstance(asked, Batch) else self.batch(asked)
+        self._require_same_prefaces(batch)
+        most = max(WRITTEN, batch.target_ids.shape[1]) if max_tokens is None else max_tokens
+        write: Callable[[Batch, Decoding], list[str]] = partial(self._written, weights)
+        for interceptor in self.around:
+            write = partial(interceptor.written, inner=write)
+        return write(batch, Decoding(max_tokens=most))
+
+    def target_texts(self, batch: Batch) -> list[str]:
+        """The answers as `answer` would return them: tokenized and read back."""
+        return texts_of(self.tokenizer, batch.target_ids, self.backbone.ends)
+
+    def sequences(self, batch: Batch) -> Sequences:
+        """The scores of every token read, for definitions that count prompt and image as well.
+
+        An encoder-decoder's sequences are its decoder's, begin token included.
+
+        Raises:
+            ValueError: probes with and without an image in one batch.
+            TypeError: a family without such scores, or an edit that changes answers only.
+        """
+        self._require_same_prefaces(batch)
+        if any(type(i).logits is not Interceptor.logits for i in self.around):
+            raise TypeError("an applied edit changes answers only: there are no whole sequences")
+        if len(batch.parts) != 1:
+            raise ValueError("expected probes that all have an image, or none; got both")
+        context = self._read(batch.parts[0], batch.target_mask)
+        ids, mask = batch.target_ids, batch.target_mask
+        logits = self.backbone.everywhere(self.model, context, ids, mask)
+        given = logits.shape[1] - ids.shape[1] + 1  # tokens read before the first of the answer
+        labels = ids.new_full(logits.shape[:2], IGNORED)
+        labels[:, given:] = ids[:, :-1].masked_fill(batch.answer_mask[:, :-1] == 0, IGNORED)
+        prompt = context["mask"] if "embeds" in context else mask.new_ones(len(batch), given)
+        return Sequences(logits, labels, torch.cat([prompt, mask[:, :-1]], dim=1))
+
+    def _prefaces(self, probes: Sequence[Probe]) -> tuple[str, ...]:
+        return tuple("".join(i.preface(probe) for i in self.around) for probe in probes)
+
+    def _require_same_prefaces(self, batch: Batch) -> None:
+        if batch.prefaces != self._prefaces(batch.probes):
+            raise ValueError(
+                "this batch was made under other edits, which put other text in front of its "
+                "questions: make it where it is used, inside edit.applied(...)"
+            )
+
+    def _prompt(self, probe: Probe, preface: str) -> str:
+        kind = "caption" if not probe.question else "text" if probe.image is None else "question"
+        if kind == "caption" and probe.image is None:
+            raise ValueError("a probe without a question must have an image to be captioned")
+        if kind not in self.templates:
+            self.backbone.text_prompts(self.tokenizer, [probe.question])  # says why it has none
+        prompt = self.templates[kind].replace("{question}", probe.question)
+        return self.backbone.prefaced(prompt, preface) if preface else prompt
+
+    def _part(self, probes: Sequence[Probe], prompts: Sequence[str], rows: Sequence[int]) -> Part:
+        texts = [prompts[i] for i in rows]
+        images = [image for i in rows if (image := probes[i].image) is not None]
+        if images:
+            tokens = self.backbone.prompts(self.tokenizer, texts)
+            shared = {id(image): image for image in images}  # the probes of a record share theirs
+            seen = {key: self._transform(load_image(image)) for key, image in shared.items()}
+            dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+            pixels = torch.stack([seen[id(image)] for image in images]).to(self.device, dtype)
+        else:
+            tokens, pixels = self.backbone.text_prompts(self.tokenizer, texts), None
+        tokens = {name: value.to(self.device) for name, value in tokens.items()}
+        return Part(torch.tensor(rows, device=self.device), tokens, pixels)
+
+    def _read(self, part: Part, target_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The context of a part's prompts, which must leave room for their targets."""
+        context = self.backbone.read(self.model, part.pixels, **part.prompts)
+        config: Any = self.model.config
+        room = getattr(config.text_config, "max_position_embeddings", None)
+        if "embeds" in context and room is not None:
+            # The last token is predicted and not read: it needs no position.
+            after = 0 if target_mask is None else int(target_mask[part.rows].sum(1).max()) - 1
+            length = int(context["mask"].sum(1).max()) + after
+            if length > room:
+                raise ValueError(
+                    f"a prompt with its answer has {length} tokens and {self.name} reads at most "
+                    f"{room}: shorten the question, or the text that an edit puts in front of it"
+                )
+        return context
+
+    def _logits(self, weights: Mapping[str, Tensor] | None, batch: Batch) -> Tensor:
+        def compute() -> list[Tensor]:
+            found = []
+            for part in batch.parts:
+                ids, mask = batch.target_ids[part.rows], batch.target_mask[part.rows]
+                context = self._read(part, batch.target_mask)
+                found.append(self.backbone.continued(self.model, context, ids, mask))
+            return found
+
+        found = self._computed(compute, weights)
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found)[torch.cat([part.rows for part in batch.parts]).argsort()]
+
+    def _written(
+        self, weights: Mapping[str, Tensor] | None, batch: Batch, decoding: Decoding
+    ) -> list[str]:
+        def compute() -> list[Tensor]:
+            contexts = map(self._read, batch.parts)
+            return [self.backbone.written(self.model, c, decoding) for c in contexts]
+
+        answers = [""] * len(batch)
+        for part, ids in zip(batch.parts, self._computed(compute, weights), strict=True):
+            texts = texts_of(self.tokenizer, ids, self.backbone.ends)
+            for row, text in zip(part.rows.tolist(), texts, strict=True):
+                answers[row] = text
+        return answers
+
+    def _computed(
+        self, compute: Callable[[], list[Tensor]], weights: Mapping[str, Tensor] | None
+    ) -> list[Tensor]:
+        if not weights:
+            return compute()
+        named = {f"stock.{name}": value for name, value in weights.items()}
+        return torch.func.functional_call(_Around(self.model), named, (compute,))
+
+
+def probe_of(asked: Probe | EditRequest) -> Probe:
+    """A request as the probe whose answer is its target. Raises ValueError: an empty target."""
+    if isinstance(asked, Probe):
+        return asked
+    if not asked.target.strip():
+        raise ValueError(
+            f"the target of edit request {asked.id!r} ({asked.question!r:.80}) is empty; an edit "
+            "needs an answer"
+        )
+    return Probe(asked.question, asked.target.strip(), asked.image)
+
+
+def _templates(own: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
+    for name, template in given.items():
+        if name not in own:
+            raise ValueError(f"no template {name!r}; this model has {', '.join(own)}")
+        if name != "caption" and "{question}" not in template:
+            raise ValueError(f"template {name!r} must hold {{question}}, got {template!r}")
+    return {**own, **given}
