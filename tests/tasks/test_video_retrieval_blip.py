@@ -85,7 +85,7 @@ def test_training_lowers_both_losses(tmp_path):
     model = adapted(task, rank=8)
     hooks = task.hooks(model, 50)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=3e-2)
+    optimiser = torch.optim.AdamW(trained, lr=1e-2)
     model.train()
     batch = batch_of(task, [0, 5, 9, 14])
     assert batch["pixel_values"].shape[:3] == (4, 2, 3)
@@ -101,4 +101,4 @@ def test_training_lowers_both_losses(tmp_path):
     seen = torch.tensor(seen)
     first, last = seen[3:8].mean(0), seen[-5:].mean(0)
     assert last[0] < first[0] - 0.2
-    assert last[1] < 0.5
+    assert last[1] < 0.2
