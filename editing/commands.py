@@ -5,31 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from mmtune.shown import Findings
 
+if TYPE_CHECKING:
     from editing.audit import Audit, Fixed
 
 CLEAN, DEFECTS = 0, 1
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command prints, tables and then lines, and its exit code."""
-
-    tables: list[Table]
-    lines: list[str]
-    code: int = CLEAN
-
-
 def add_commands(new: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """Add the commands; `new` makes the parser of a command from its name and summary.
 
-    The parsed options have `show`, which takes them and returns an `Outcome`.
+    The parsed options have `show`, which takes them and returns `Findings`.
     """
     audit = new("audit", "count what is wrong with a file of edit records, and write a clean copy")
     audit.add_argument("file", metavar="FILE", help="E-VQA, E-IC or VLKEB records (JSON)")
@@ -50,7 +40,7 @@ def add_commands(new: Callable[[str, str], argparse.ArgumentParser]) -> None:
     audit.set_defaults(show=_audit)
 
 
-def _audit(options: argparse.Namespace) -> Outcome:
+def _audit(options: argparse.Namespace) -> Findings:
     from editing.audit import audit
     from editing.audit.kinds import named
     from editing.audit.mending import fix_file
@@ -71,7 +61,7 @@ def _audit(options: argparse.Namespace) -> Outcome:
     if options.json is not None:
         _write_json(found, left, options)
         lines.append(f"json: {options.json}")
-    return Outcome(tables, lines, DEFECTS if left.findings else CLEAN)
+    return Findings(tables, lines, DEFECTS if left.findings else CLEAN)
 
 
 def _unchecked(found: Audit) -> list[str]:

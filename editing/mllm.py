@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from editing.metrics.answers import IGNORED
 from editing.requests import EditRequest, Probe
 from mmtune.backbones.generation import Decoding, log_probabilities, padded, texts_of
 from mmtune.backbones.generative import Generative
@@ -26,7 +27,6 @@ from mmtune.data.transforms import EvalTransform
 if TYPE_CHECKING:
     from mmtune.backbones.base import Loaded
 
-IGNORED = -100  # the label of a token that is no part of an answer
 WRITTEN = 20  # new tokens at most, unless an answer that is known is longer
 
 

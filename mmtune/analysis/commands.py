@@ -4,30 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from mmtune.analysis.tables import Sheet
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a command prints, tables and then lines, and its exit code."""
-
-    sheets: list[Sheet]
-    lines: list[str]
-    code: int = 0
-
-    @property
-    def tables(self) -> list[Table]:
-        """The sheets, to be printed."""
-        from mmtune.tables import sheet_table
-
-        return [sheet_table(sheet) for sheet in self.sheets]
+from mmtune.shown import Findings
 
 
 def add_commands(new: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -69,22 +48,25 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _analyze(options: argparse.Namespace) -> Findings:
     from mmtune.analysis import running, sources, tables
+    from mmtune.tables import sheet_table
 
     out = running.default_folder(options.source, options.out)
     budgets = options.budgets or running.BUDGETS
     running.check(budgets, options.starts)
     source = sources.find(options.source, options.base, options.tuned)
     found = running.analyze(source, out, budgets, options.starts, options.seed)
-    heat = [tables.heat_sheet(heat) for heat in tables.heat_maps(found)]
+    sheets = [*map(tables.heat_sheet, tables.heat_maps(found)), *tables.sheets(found)]
     lines = [f"page:  {out / running.PAGE}", f"lines: {out / running.LINES}"]
-    return Findings([*heat, *tables.sheets(found)], lines)
+    return Findings([sheet_table(sheet) for sheet in sheets], lines)
 
 
 def _compress(options: argparse.Namespace) -> Findings:
     from mmtune.analysis import compressing, sources, tables
+    from mmtune.tables import sheet_table
 
     settings = (options.out, options.rank, options.core, options.starts)
     compressing.check(*settings)
     source = sources.find(options.source, options.base, options.tuned)
     found = compressing.compress(source, *settings, seed=options.seed)
-    return Findings([tables.compression_sheet(found)], [f"adapter: {options.out}"])
+    table = sheet_table(tables.compression_sheet(found))
+    return Findings([table], [f"adapter: {options.out}"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from mmtune.data.options import Count, DataOptions
+from mmtune.data.options import Count
 from mmtune.data.transforms import AugmentOptions
 from mmtune.tasks.base import (
     Evaluation,
@@ -23,13 +23,12 @@ from mmtune.tasks.base import (
     places_for_gains,
     require_same_split,
 )
-from mmtune.tasks.language import joint_mean, server_id, text_losses, writer_of
+from mmtune.tasks.language import WritingTask, joint_mean, server_id, text_losses
 from mmtune.tasks.media import CaptionedTask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mmtune.backbones.base import Loaded
     from mmtune.data.pairs import Pair
     from mmtune.data.records import Record
     from mmtune.metrics.captions import CaptionScores
@@ -70,7 +69,7 @@ class CaptioningOptions:
             )
 
 
-class CaptioningTask(CaptionedTask):
+class CaptioningTask(WritingTask, CaptionedTask):
     """Describe images.
 
     The loss is the negative log-likelihood of the captions' tokens (end tokens included), averaged
@@ -83,19 +82,7 @@ class CaptioningTask(CaptionedTask):
     name: ClassVar[str] = "captioning"
     summary: ClassVar[str] = "captions: LM loss; CIDEr, BLEU, ROUGE-L of what is written"
     options: ClassVar[type] = CaptioningOptions
-
-    def __init__(
-        self,
-        options: CaptioningOptions,
-        data: DataOptions,
-        loaded: Loaded,
-        seed: int,
-        progress: bool = True,
-    ) -> None:
-        self.writer = writer_of(loaded, self.name)
-        own = self.writer.templates["caption"] if options.prompt is None else options.prompt
-        self.prompt = own
-        super().__init__(options, data, loaded, seed, progress)
+    template: ClassVar[str] = "caption"
 
     def prompts(self, count: int) -> dict[str, Tensor]:
         """{input_ids [count, t], attention_mask [count, t]}."""

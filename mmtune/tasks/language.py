@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from mmtune.backbones.generative import Generative
 from mmtune.tasks.losses import Gathered
+from mmtune.tasks.media import MediaTask
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mmtune.backbones.base import Loaded
+    from mmtune.data.options import DataOptions
 
 
 def writer_of(loaded: Loaded, task: str) -> Generative:
@@ -32,6 +34,31 @@ def writer_of(loaded: Loaded, task: str) -> Generative:
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.name} was loaded without its tokenizer; set Loaded.tokenizer")
     return backbone
+
+
+class WritingTask(MediaTask):
+    """A task on models that write text; arguments as `MediaTask`.
+
+    The options have `prompt`: a template in place of the model family's own.
+
+    Raises:
+        ValueError: the model does not write text.
+    """
+
+    template: ClassVar[str]  # which of the family's templates: "question" or "caption"
+
+    def __init__(
+        self,
+        options: Any,
+        data: DataOptions,
+        loaded: Loaded,
+        seed: int,
+        progress: bool = True,
+    ) -> None:
+        self.writer = writer_of(loaded, self.name)
+        own = self.writer.templates[self.template]
+        self.prompt: str = own if options.prompt is None else options.prompt
+        super().__init__(options, data, loaded, seed, progress)
 
 
 def text_losses(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mmtune.data.options import Count, DataOptions
+from mmtune.data.options import Count
 from mmtune.data.records import Record
 from mmtune.data.texts import normalised
 from mmtune.data.transforms import AugmentOptions
@@ -28,7 +29,6 @@ from mmtune.tasks.media import CaptionedTask
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mmtune.backbones.base import Loaded
     from mmtune.data.pairs import Pair
     from mmtune.metrics.recall import RetrievalRanks
 
@@ -106,16 +106,9 @@ class PairTask(CaptionedTask):
     Options are `PairOptions`; arguments as `MediaTask`.
     """
 
-    def __init__(
-        self,
-        options: Any,
-        data: DataOptions,
-        loaded: Loaded,
-        seed: int,
-        progress: bool = True,
-    ) -> None:
-        super().__init__(options, data, loaded, seed, progress)
-        self._galleries: dict[str, Gallery] = {}
+    @cached_property
+    def _galleries(self) -> dict[str, Gallery]:
+        return {}
 
     def gallery_of(self, split: str) -> Gallery:
         """The images and captions of a split, and which match."""

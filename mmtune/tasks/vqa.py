@@ -25,8 +25,7 @@ from mmtune.tasks.base import (
     on_device,
     require_same_split,
 )
-from mmtune.tasks.language import joint_mean, server_id, text_losses, writer_of
-from mmtune.tasks.media import MediaTask
+from mmtune.tasks.language import WritingTask, joint_mean, server_id, text_losses
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,7 +85,7 @@ class VqaOptions:
             raise ValueError("answer_list is for inference: rank")
 
 
-class VqaTask(MediaTask):
+class VqaTask(WritingTask):
     """Answer questions about images.
 
     The loss of a batch of b questions is sum_q sum_j w_qj NLL(a_qj) / b over the distinct answers
@@ -110,6 +109,7 @@ class VqaTask(MediaTask):
     summary: ClassVar[str] = "visual question answering: weighted LM loss; VQA accuracy"
     options: ClassVar[type] = VqaOptions
     kind: ClassVar[type[Question]] = Question
+    template: ClassVar[str] = "question"
     measures: ClassVar[tuple[str, ...]] = ("accuracy", "exact match")  # the first ranks runs
 
     def __init__(
@@ -120,9 +120,6 @@ class VqaTask(MediaTask):
         seed: int,
         progress: bool = True,
     ) -> None:
-        self.writer = writer_of(loaded, self.name)
-        own = self.writer.templates["question"] if options.prompt is None else options.prompt
-        self.prompt = own
         super().__init__(options, data, loaded, seed, progress)
         self._ranker: AnswerRanker | None = None
         if options.inference == "rank":

@@ -13,7 +13,6 @@ The result is written once for the three stock classes, in fp16, with its scores
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import time
@@ -28,6 +27,7 @@ from mmtune.zoo.tiny_blip.recipe import BlipRecipe
 from mmtune.zoo.tiny_blip.stages import build, train_blip
 from mmtune.zoo.tiny_blip.tokenizer import train_tokenizer
 from mmtune.zoo.tiny_clip import material as made
+from mmtune.zoo.tiny_clip.command import begin, facts, recipe_parser
 from mmtune.zoo.tiny_clip.export import write_json
 from mmtune.zoo.tiny_clip.stages import train_teacher
 from mmtune.zoo.tiny_clip.teachers import load_efficientnet
@@ -57,13 +57,8 @@ def train(
         What is also written to `out/metrics.json`: recipe, parameters, seconds; the scores are
         added by `main`.
     """
-    import torch
-
     began = time.time()
-    torch.manual_seed(recipe.seed)
-    torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-    generator = torch.Generator(device=device).manual_seed(recipe.seed)
+    generator = begin(recipe, device)
     data, asked = prepare(recipe, teachers, icons, out, device)
     log.info("%d drawings and icons prepared (%.0f s)", len(data.mirror), time.time() - began)
     teacher = train_teacher(recipe, load_efficientnet(teachers), data, generator)
@@ -72,11 +67,8 @@ def train(
     steps = train_blip(recipe, model, teacher, data, asked, generator, out)
     report = {
         "recipe": dataclasses.asdict(recipe) | {"steps": steps, "seconds": 0},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "training_pairs": {"clipart": data.clipart, "icons": len(data.mirror) - data.clipart},
+        **facts(model, data, began),
         "training_questions": int((asked.weights > 0).sum()) if asked else 0,
-        "seconds": round(time.time() - began),
-        "torch": torch.__version__,
     }
     write_json(report, out / "metrics.json")
     return report
@@ -105,19 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, train and score."""
     import torch
 
-    parser = argparse.ArgumentParser(
-        prog="python -m mmtune.zoo.train_tiny_blip",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--teachers", type=Path, required=True, help="unpacked teacher packages")
-    parser.add_argument("--icons", type=Path, help="unpacked icon packages: further pictures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = recipe_parser("mmtune.zoo.train_tiny_blip", __doc__, BlipRecipe)
     parser.add_argument("--score-limit", type=int, default=0, help="pictures of a split (0: all)")
-    for field in dataclasses.fields(BlipRecipe):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default)
     given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, teachers, icons = given.pop("out"), given.pop("teachers"), given.pop("icons")

@@ -13,7 +13,6 @@ The result is written in open_clip's layout, in fp16, with its scores.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import time
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.zoo.score_tiny_clip import EVALUATED, score_splits
 from mmtune.zoo.tiny_clip import material as made
+from mmtune.zoo.tiny_clip.command import begin, facts, recipe_parser
 from mmtune.zoo.tiny_clip.export import export, score_teacher, write_json
 from mmtune.zoo.tiny_clip.recipe import Recipe
 from mmtune.zoo.tiny_clip.stages import build_pupil, train_pupil, train_teacher
@@ -52,13 +52,8 @@ def train(
     Returns:
         What is also written to `out/metrics.json`: recipe, scores, parameters, seconds.
     """
-    import torch
-
     began = time.time()
-    torch.manual_seed(recipe.seed)
-    torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-    generator = torch.Generator(device=device).manual_seed(recipe.seed)
+    generator = begin(recipe, device)
     data = prepare(recipe, teachers, icons, out, device)
     checks = {pair: made.read_pictures(*pair) for pair in EVALUATED}
     teacher = train_teacher(recipe, load_efficientnet(teachers), data, generator)
@@ -76,10 +71,7 @@ def train(
         "recipe": dataclasses.asdict(recipe) | {"steps": steps},
         "scores": score_splits(average, out),
         "teacher_scores": teacher_scores,
-        "parameters": sum(p.numel() for p in average.parameters()),
-        "training_pairs": {"clipart": data.clipart, "icons": len(data.mirror) - data.clipart},
-        "seconds": round(time.time() - began),
-        "torch": torch.__version__,
+        **facts(average, data, began),
     }
     write_json(report, out / "metrics.json")
     return report
@@ -102,19 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     import torch
 
-    parser = argparse.ArgumentParser(
-        prog="python -m mmtune.zoo.train_tiny_clip",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--teachers", type=Path, required=True, help="unpacked teacher packages")
-    parser.add_argument("--icons", type=Path, help="unpacked icon packages: further pictures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = recipe_parser("mmtune.zoo.train_tiny_clip", __doc__, Recipe)
     parser.add_argument("--prepare-only", action="store_true", help="stop after the embeddings")
-    for field in dataclasses.fields(Recipe):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default)
     given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, teachers, device = given.pop("out"), given.pop("teachers"), given.pop("device")
