@@ -39,6 +39,16 @@ class Change:
         """A new tensor: the parameter after the change, in its dtype and on its device."""
         raise NotImplementedError
 
+    def dense(self) -> Tensor:
+        """What is added, of the parameter's shape."""
+        raise NotImplementedError
+
+    def then(self, later: Change) -> Change:
+        """One change that does this and then `later`, summed before it is rounded."""
+        if isinstance(later, Replacement):
+            return later
+        return Delta(added(self.dense(), later.dense().to(self.dense().device)))
+
 
 @dataclass(frozen=True)
 class Delta(Change):
@@ -49,6 +59,9 @@ class Delta(Change):
 
     def shape(self) -> torch.Size:
         return self.delta.shape
+
+    def dense(self) -> Tensor:
+        return self.delta
 
     def on(self, weight: Tensor) -> Tensor:
         return added(weight, self.delta.to(weight.device))
@@ -65,6 +78,19 @@ class LowRank(Change):
     def shape(self) -> torch.Size:
         return torch.Size((self.left.shape[0], self.right.shape[1]))
 
+    def dense(self) -> Tensor:
+        return self.left @ self.right
+
+    def then(self, later: Change) -> Change:
+        """Factors side by side while that is smaller than the parameter."""
+        if isinstance(later, LowRank):
+            joint = self.left.shape[1] + later.left.shape[1]
+            rows, columns = self.shape()
+            if joint * (rows + columns) < rows * columns:
+                left = torch.cat([self.left, later.left.to(self.left)], dim=1)
+                return LowRank(left, torch.cat([self.right, later.right.to(self.right)]))
+        return super().then(later)
+
     def on(self, weight: Tensor) -> Tensor:
         return added(weight, self.left.to(weight.device) @ self.right.to(weight.device))
 
@@ -78,6 +104,9 @@ class Replacement(Change):
 
     def shape(self) -> torch.Size:
         return self.value.shape
+
+    def then(self, later: Change) -> Change:
+        return later if isinstance(later, Replacement) else Replacement(later.on(self.value))
 
     def on(self, weight: Tensor) -> Tensor:
         return self.value.to(weight.device, weight.dtype, copy=True)

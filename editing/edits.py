@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from editing.mllm import MLLM, Interceptor
+from editing.batches import Interceptor
 from mmtune.runs import write_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from editing.mllm import MLLM
     from editing.requests import Probe
 
 FORMAT = 1  # of the folders that `save` writes
@@ -101,6 +102,13 @@ class Edit(ABC):
         Raises:
             TypeError, KeyError, ValueError: they are not.
         """
+
+    def then(self, later: Edit) -> Edit:
+        """One edit that does this and then `later`, which was made on top of it.
+
+        Kinds that can be one are (changes of weights add up, memories join); others are stacked.
+        """
+        return stack([self, later])
 
     @contextmanager
     def applied(self, mllm: MLLM, strict: bool = True) -> Iterator[MLLM]:

@@ -9,14 +9,14 @@ nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from editing.batches import Batch, Interceptor, Part, Sequences, probe_of
 from editing.metrics.answers import IGNORED
 from editing.requests import EditRequest, Probe
 from mmtune.backbones.generation import Decoding, log_probabilities, padded, texts_of
@@ -26,88 +26,9 @@ from mmtune.data.transforms import EvalTransform
 
 if TYPE_CHECKING:
     from mmtune.backbones.base import Loaded
+    from mmtune.data.records import MediaRef
 
 WRITTEN = 20  # new tokens at most, unless an answer that is known is longer
-
-
-@dataclass(frozen=True)
-class Part:
-    """Those probes of a batch that have an image, or those that have none.
-
-    Attributes:
-        rows: [k] their numbers in the batch.
-        prompts: {input_ids [k, p], attention_mask [k, p]}.
-        pixels: [k, 3, s, s], or None.
-    """
-
-    rows: Tensor
-    prompts: Mapping[str, Tensor]
-    pixels: Tensor | None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """n probes as a model reads them, on its device.
-
-    Attributes:
-        probes: what is asked.
-        prefaces: the text that edits put in front of each question.
-        parts: the prompts, with and without an image.
-        target_ids: [n, t] tokens of the answers, an end token after each, padded on the right.
-        target_mask: [n, t], 0 for padding.
-    """
-
-    probes: tuple[Probe, ...]
-    prefaces: tuple[str, ...]
-    parts: tuple[Part, ...]
-    target_ids: Tensor
-    target_mask: Tensor
-
-    def __len__(self) -> int:
-        return len(self.probes)
-
-    @property
-    def answer_mask(self) -> Tensor:
-        """[n, t], 1 for the answers' own tokens, 0 for their end tokens and padding."""
-        following = nn.functional.pad(self.target_mask[:, 1:], (0, 1))
-        return self.target_mask * following
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Whole sequences as a model reads them, image tokens and padding included.
-
-    Attributes:
-        logits: [n, s, v]; those at t predict token t + 1.
-        labels: [n, s] ids of the answers' own tokens where they stand, else -100.
-        mask: [n, s], 0 for padding.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    mask: Tensor
-
-
-class Interceptor:
-    """What an edit may put around a model's answers; here it lets everything pass.
-
-    `inner` is the model as it answers without this interceptor. With several, the one that was put
-    there last is asked first.
-    """
-
-    def preface(self, probe: Probe) -> str:
-        """Text to stand in front of the probe's question."""
-        return ""
-
-    def logits(self, batch: Batch, inner: Callable[[Batch], Tensor]) -> Tensor:
-        """[n, t, v] scores of the answers' tokens, see `MLLM.answer_logits`."""
-        return inner(batch)
-
-    def written(
-        self, batch: Batch, decoding: Decoding, inner: Callable[[Batch, Decoding], list[str]]
-    ) -> list[str]:
-        """An answer to each probe, see `MLLM.answer`."""
-        return inner(batch, decoding)
 
 
 class _Around(nn.Module):
@@ -197,6 +118,25 @@ class MLLM:
         ]
         parts = tuple(self._part(probes, prompts, rows) for rows in groups if rows)
         return Batch(probes, prefaces, parts, ids.to(self.device), mask.to(self.device))
+
+    def pixels(self, images: Sequence[MediaRef]) -> Tensor:
+        """[k, 3, s, s]: images as the model reads them, on its device and in its dtype."""
+        shared = {id(image): image for image in images}  # the probes of a record share theirs
+        seen = {key: self._transform(load_image(image)) for key, image in shared.items()}
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return torch.stack([seen[id(image)] for image in images]).to(self.device, dtype)
+
+    def cached(self, batch: Batch, names: Iterable[str]) -> Batch:
+        """The same batch, computed once up to the first layer that holds one of these parameters.
+
+        Everything that takes a batch takes it, and computes with it the layers from there on only.
+        It is good as long as nothing below changes: until another edit is applied there.
+
+        Args:
+            batch: as `batch` makes it.
+            names: the parameters that will change: the keys of `weights`, or of an edit's changes.
+        """
+        return batch
 
     def answer_logits(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """[n, t, v]: the scores from which each token of `batch.target_ids` is predicted.
@@ -293,10 +233,7 @@ class MLLM:
         images = [image for i in rows if (image := probes[i].image) is not None]
         if images:
             tokens = self.backbone.prompts(self.tokenizer, texts)
-            shared = {id(image): image for image in images}  # the probes of a record share theirs
-            seen = {key: self._transform(load_image(image)) for key, image in shared.items()}
-            dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-            pixels = torch.stack([seen[id(image)] for image in images]).to(self.device, dtype)
+            pixels = self.pixels(images)
         else:
             tokens, pixels = self.backbone.text_prompts(self.tokenizer, texts), None
         tokens = {name: value.to(self.device) for name, value in tokens.items()}
@@ -353,18 +290,6 @@ class MLLM:
             return compute()
         named = {f"stock.{name}": value for name, value in weights.items()}
         return torch.func.functional_call(_Around(self.model), named, (compute,))
-
-
-def probe_of(asked: Probe | EditRequest) -> Probe:
-    """A request as the probe whose answer is its target. Raises ValueError: an empty target."""
-    if isinstance(asked, Probe):
-        return asked
-    if not asked.target.strip():
-        raise ValueError(
-            f"the target of edit request {asked.id!r} ({asked.question!r:.80}) is empty; an edit "
-            "needs an answer"
-        )
-    return Probe(asked.question, asked.target.strip(), asked.image)
 
 
 def _templates(own: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:

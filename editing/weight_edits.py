@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -82,6 +83,17 @@ class WeightEdit(Edit):
         for name, parameter in parameters.items():
             parameter.data = edited[name]
         return Applied(self, undo, originals)
+
+    def then(self, later: Edit) -> Edit:
+        """The sum of both changes; `later` may be about other parameters too."""
+        if not isinstance(later, WeightEdit):
+            return super().then(later)
+        changes = dict(self.changes)
+        for name, change in later.changes.items():
+            changes[name] = changes[name].then(change) if name in changes else change
+        weights = {**self.made_on.weights, **later.made_on.weights}
+        # `made_on` is of the unedited model in both, so one parameter has one fingerprint.
+        return WeightEdit(changes, replace(self.made_on, weights=weights), later.about)
 
     def settings(self) -> dict[str, Any]:
         forms = {name: change.form for name, change in self.changes.items()}

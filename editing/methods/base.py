@@ -64,7 +64,7 @@ class Editor(ABC):
         """
         import torch
 
-        from editing.mllm import probe_of
+        from editing.batches import probe_of
 
         if not requests:
             raise ValueError("expected at least one edit request, got none")
@@ -81,6 +81,28 @@ class Editor(ABC):
             **made.about,
         }
         return made
+
+    def extend(
+        self,
+        mllm: MLLM,
+        edit: Edit,
+        requests: Sequence[EditRequest],
+        generator: torch.Generator | None = None,
+    ) -> Edit:
+        """What `edit`, of this editor and not applied now, becomes with these requests as well.
+
+        It does alone what `edit` and the new change do together: sequential editing goes from one
+        to the next and keeps the last. An editor with a memory of its own overrides this.
+
+        Args:
+            mllm: the model.
+            edit: what came before.
+            requests: of the new change.
+            generator: see `edit`.
+        """
+        with edit.applied(mllm):
+            new = self.edit(mllm, requests, generator)
+        return edit.then(new)
 
     @abstractmethod
     def make(self, mllm: MLLM, requests: Sequence[EditRequest], generator: torch.Generator) -> Edit:

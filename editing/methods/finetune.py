@@ -23,8 +23,9 @@ from mmtune.backbones.base import SiteError
 from mmtune.backbones.generation import log_probabilities
 
 if TYPE_CHECKING:
+    from editing.batches import Batch
     from editing.edits import Edit
-    from editing.mllm import MLLM, Batch
+    from editing.mllm import MLLM
     from editing.requests import EditRequest
 
 Count = Annotated[int, Field(ge=1)]

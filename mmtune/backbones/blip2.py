@@ -171,8 +171,7 @@ class Blip2(Generative):
 
         embeds, mask = stock.get_input_embeddings()(input_ids), attention_mask
         if pixel_values is not None:
-            features = stock.get_image_features(pixel_values, return_dict=True)
-            queries = features.pooler_output.to(embeds)
+            queries = self.image_tokens(stock, pixel_values).to(embeds)
             embeds = torch.cat([queries, embeds], dim=1)
             mask = torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1)
         if stock.config.use_decoder_only_language_model:
@@ -180,6 +179,9 @@ class Blip2(Generative):
         encoder = stock.language_model.get_encoder()
         states = encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
         return {"states": states.last_hidden_state, "mask": mask}
+
+    def image_tokens(self, stock: Any, pixel_values: Tensor) -> Tensor:
+        return stock.get_image_features(pixel_values, return_dict=True).pooler_output
 
     def continued(
         self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor

@@ -118,6 +118,14 @@ class Generative(Backbone):
             attention_mask: [b, t].
         """
 
+    def image_tokens(self, stock: Any, pixel_values: Tensor) -> Sequence[Tensor]:
+        """The tokens [k, d] of each image, as the language model is given them.
+
+        Raises:
+            TypeError: this family gives its language model none.
+        """
+        raise TypeError(f"{type(self.model).__name__} gives its decoder no image tokens")
+
     @abstractmethod
     def continued(
         self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor

@@ -137,12 +137,14 @@ class Llava(Generative):
         words = stock.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return {"embeds": words, "mask": attention_mask}
-        features = stock.get_image_features(pixel_values, return_dict=True).pooler_output
-        image = torch.cat(list(features)).to(words)
+        image = torch.cat(list(self.image_tokens(stock, pixel_values))).to(words)
         here = stock.model.get_placeholder_mask(
             input_ids, inputs_embeds=words, image_features=image
         )
         return {"embeds": words.masked_scatter(here, image), "mask": attention_mask}
+
+    def image_tokens(self, stock: Any, pixel_values: Tensor) -> Sequence[Tensor]:
+        return list(stock.get_image_features(pixel_values, return_dict=True).pooler_output)
 
     def continued(
         self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor

@@ -1,0 +1,106 @@
+"""What a model is asked, as it reads it, and what an edit may put around its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from editing.requests import EditRequest, Probe
+
+if TYPE_CHECKING:
+    from mmtune.backbones.generation import Decoding
+
+
+@dataclass(frozen=True)
+class Part:
+    """Those probes of a batch that have an image, or those that have none.
+
+    Attributes:
+        rows: [k] their numbers in the batch.
+        prompts: {input_ids [k, p], attention_mask [k, p]}.
+        pixels: [k, 3, s, s], or None.
+    """
+
+    rows: Tensor
+    prompts: Mapping[str, Tensor]
+    pixels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n probes as a model reads them, on its device.
+
+    Attributes:
+        probes: what is asked.
+        prefaces: the text that edits put in front of each question.
+        parts: the prompts, with and without an image.
+        target_ids: [n, t] tokens of the answers, an end token after each, padded on the right.
+        target_mask: [n, t], 0 for padding.
+    """
+
+    probes: tuple[Probe, ...]
+    prefaces: tuple[str, ...]
+    parts: tuple[Part, ...]
+    target_ids: Tensor
+    target_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.probes)
+
+    @property
+    def answer_mask(self) -> Tensor:
+        """[n, t], 1 for the answers' own tokens, 0 for their end tokens and padding."""
+        following = nn.functional.pad(self.target_mask[:, 1:], (0, 1))
+        return self.target_mask * following
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Whole sequences as a model reads them, image tokens and padding included.
+
+    Attributes:
+        logits: [n, s, v]; those at t predict token t + 1.
+        labels: [n, s] ids of the answers' own tokens where they stand, else -100.
+        mask: [n, s], 0 for padding.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+class Interceptor:
+    """What an edit may put around a model's answers; here it lets everything pass.
+
+    `inner` is the model as it answers without this interceptor. With several, the one that was put
+    there last is asked first.
+    """
+
+    def preface(self, probe: Probe) -> str:
+        """Text to stand in front of the probe's question."""
+        return ""
+
+    def logits(self, batch: Batch, inner: Callable[[Batch], Tensor]) -> Tensor:
+        """[n, t, v] scores of the answers' tokens, see `MLLM.answer_logits`."""
+        return inner(batch)
+
+    def written(
+        self, batch: Batch, decoding: Decoding, inner: Callable[[Batch, Decoding], list[str]]
+    ) -> list[str]:
+        """An answer to each probe, see `MLLM.answer`."""
+        return inner(batch, decoding)
+
+
+def probe_of(asked: Probe | EditRequest) -> Probe:
+    """A request as the probe whose answer is its target. Raises ValueError: an empty target."""
+    if isinstance(asked, Probe):
+        return asked
+    if not asked.target.strip():
+        raise ValueError(
+            f"the target of edit request {asked.id!r} ({asked.question!r:.80}) is empty; an edit "
+            "needs an answer"
+        )
+    return Probe(asked.question, asked.target.strip(), asked.image)

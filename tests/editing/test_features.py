@@ -1,0 +1,49 @@
+"""What memories route by: the question's words and the image, never an answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from editing.features import features_of
+from tests.editing.tiny import BARE, CAPTION, MODELS, OTHER, REQUEST, SEEN, bits, same_bits, tiny
+
+EVERY = pytest.mark.parametrize("name", [*MODELS, "qwen2"])
+
+
+@EVERY
+def test_one_by_one_equals_a_batch_and_leaves_the_model_alone(name):
+    mllm = tiny(name)
+    before = bits(mllm.model)
+    asked = [SEEN, BARE, OTHER, CAPTION, REQUEST]
+    together, alone = features_of(mllm, asked), [features_of(mllm, [one]) for one in asked]
+    for i, one in enumerate(alone):
+        torch.testing.assert_close(together.words[i], one.words[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(together.image[i], one.image[0], rtol=1e-5, atol=1e-5)
+    assert together.seen.tolist() == [True, False, True, True, True]
+    assert together.image[1].abs().max() == 0
+    assert together.words[3].abs().max() == 0
+    assert same_bits(mllm.model, before)
+    in_pieces = features_of(mllm, asked, size=2)
+    torch.testing.assert_close(in_pieces.words, together.words, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_words_and_image_are_told_apart(name):
+    mllm = tiny(name)
+    asked = [SEEN, replace(SEEN, image=OTHER.image), replace(SEEN, question=OTHER.question)]
+    found = features_of(mllm, asked)
+    assert torch.equal(found.words[0], found.words[1])
+    assert not torch.allclose(found.words[0], found.words[2])
+    assert torch.equal(found.image[0], found.image[2])
+    assert not torch.allclose(found.image[0], found.image[1])
+
+
+@EVERY
+def test_the_answer_is_not_read(name):
+    mllm = tiny(name)
+    one, other = features_of(mllm, [SEEN]), features_of(mllm, [replace(SEEN, answer="w30")])
+    assert torch.equal(one.words, other.words)
+    assert torch.equal(one.image, other.image)
