@@ -264,6 +264,12 @@ def stack(edits: Sequence[Edit], about: Mapping[str, Any] | None = None) -> Stac
     return StackedEdit(edits, about)
 
 
+def joined(first: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said about two edits that became one: of the later, with the requests of both."""
+    requests = [*first.get("requests", ()), *later.get("requests", ())]
+    return {**later, "requests": requests} if requests else dict(later)
+
+
 def load(folder: str | Path) -> Edit:
     """The edit that `Edit.save` wrote.
 

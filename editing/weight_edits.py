@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from editing.changes import Change, change_of
-from editing.edits import Applied, Edit, EditError, unedited
+from editing.edits import Applied, Edit, EditError, joined, unedited
 from editing.fingerprints import Fingerprint, named
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ class WeightEdit(Edit):
             changes[name] = changes[name].then(change) if name in changes else change
         weights = {**self.made_on.weights, **later.made_on.weights}
         # `made_on` is of the unedited model in both, so one parameter has one fingerprint.
-        return WeightEdit(changes, replace(self.made_on, weights=weights), later.about)
+        return WeightEdit(
+            changes, replace(self.made_on, weights=weights), joined(self.about, later.about)
+        )
 
     def settings(self) -> dict[str, Any]:
         forms = {name: change.form for name, change in self.changes.items()}
