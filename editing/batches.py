@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from editing.requests import EditRequest, Probe
 
 if TYPE_CHECKING:
+    from editing.prefixes import Prefix
     from mmtune.backbones.generation import Decoding
 
 
@@ -20,13 +22,32 @@ class Part:
 
     Attributes:
         rows: [k] their numbers in the batch.
-        prompts: {input_ids [k, p], attention_mask [k, p]}.
-        pixels: [k, 3, s, s], or None.
+        prompts: {input_ids [k, p], attention_mask [k, p]}, and image_sizes [k, 2] where the family
+            reads images of several sizes.
+        pixels: [k, 3, s, s], or what the family's processor gives, or None.
+        images: [k] for each, the first of the k that shows the same image; None: all differ.
+        prefix: what is computed once, see `MLLM.cached`.
     """
 
     rows: Tensor
     prompts: Mapping[str, Tensor]
     pixels: Tensor | None
+    images: tuple[int, ...] | None = None
+    prefix: Prefix | None = field(default=None, repr=False, compare=False)
+
+    def chosen(self, picked: Sequence[int], rows: Sequence[int]) -> Part:
+        """Some of the probes, by their place among the k, as `rows` of another batch."""
+        index = torch.tensor(picked, device=self.rows.device)
+        images = None
+        if self.images is not None:
+            own = [self.images[i] for i in picked]
+            images = tuple(map(own.index, own))
+        return Part(
+            torch.tensor(rows, device=self.rows.device),
+            {name: value[index] for name, value in self.prompts.items()},
+            None if self.pixels is None else self.pixels[index],
+            images,
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,24 @@ class Batch:
         following = nn.functional.pad(self.target_mask[:, 1:], (0, 1))
         return self.target_mask * following
 
+    def chosen(self, rows: Sequence[int]) -> Batch:
+        """Some rows, at least one, in this order, padded as they are; nothing is computed yet."""
+        parts = []
+        for part in self.parts:
+            own = part.rows.tolist()
+            here = [number for number, row in enumerate(rows) if row in own]
+            if here:
+                parts.append(part.chosen([own.index(rows[number]) for number in here], here))
+        index = torch.tensor(rows, device=self.target_ids.device)
+        return replace(
+            self,
+            probes=tuple(self.probes[i] for i in rows),
+            prefaces=tuple(self.prefaces[i] for i in rows),
+            parts=tuple(parts),
+            target_ids=self.target_ids[index],
+            target_mask=self.target_mask[index],
+        )
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -77,7 +116,12 @@ class Interceptor:
 
     `inner` is the model as it answers without this interceptor. With several, the one that was put
     there last is asked first.
+
+    Attributes:
+        apart: what is written may be something else than what scores highest.
     """
+
+    apart: bool = False
 
     def preface(self, probe: Probe) -> str:
         """Text to stand in front of the probe's question."""
@@ -92,6 +136,16 @@ class Interceptor:
     ) -> list[str]:
         """An answer to each probe, see `MLLM.answer`."""
         return inner(batch, decoding)
+
+    def sequences(self, batch: Batch, inner: Callable[[Batch], Sequences]) -> Sequences:
+        """The scores of every token, see `MLLM.sequences`.
+
+        Raises:
+            TypeError: this changes how answers come about, and says nothing about other tokens.
+        """
+        if type(self).logits is not Interceptor.logits:
+            raise TypeError("an applied edit changes answers only: there are no whole sequences")
+        return inner(batch)
 
 
 def probe_of(asked: Probe | EditRequest) -> Probe:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from editing.evaluation.commands import add_commands as add_evaluation
+from editing.meta.commands import add_commands as add_training
 from mmtune.shown import Findings
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ def add_commands(new: Callable[[str, str], argparse.ArgumentParser]) -> None:
     audit.add_argument("--json", type=Path, metavar="FILE", help="write everything found as JSON")
     audit.add_argument("--examples", type=int, default=2, help="shown per kind (default: 2)")
     audit.set_defaults(show=_audit)
+    add_training(new)
+    add_evaluation(new)
 
 
 def _audit(options: argparse.Namespace) -> Findings:

@@ -323,6 +323,33 @@ def unedited(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
+def applied_to(mllm: MLLM) -> tuple[Edit, ...]:
+    """The edits in place on its model now, in the order in which they were applied."""
+    return tuple(entry.edit for entry in _APPLIED.get(mllm.model, ()))
+
+
+@contextmanager
+def set_aside(mllm: MLLM) -> Iterator[MLLM]:
+    """The unedited model inside: without the weights, texts and answers of the applied edits.
+
+    What an edit has hooked into modules stays.
+    """
+    entries = _APPLIED.get(mllm.model, ())
+    names = list(dict.fromkeys(name for entry in entries for name in entry.originals))
+    parameters = {name: mllm.model.get_parameter(name) for name in names}
+    edited = {name: parameter.data for name, parameter in parameters.items()}
+    originals, around = unedited(mllm.model, names), mllm.around
+    mllm.around = []
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = originals[name]
+        yield mllm
+    finally:
+        mllm.around = around
+        for name, parameter in parameters.items():
+            parameter.data = edited[name]
+
+
 def _kind(kind: Any, path: Path) -> type[Edit]:
     if isinstance(kind, str) and kind not in _KINDS:
         import editing.weight_edits  # noqa: F401 (which adds its kind, as editors do)

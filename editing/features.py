@@ -53,7 +53,7 @@ def _features(mllm: MLLM, asked: Sequence[Probe | EditRequest]) -> Features:
     rows = [i for i, one in enumerate(asked) if one.image is not None]
     if rows:
         pixels = mllm.pixels([one.image for one in asked if one.image is not None])
-        tokens = mllm.backbone.image_tokens(mllm.model, pixels)
+        tokens = mllm.backbone.image_tokens(mllm.model, **pixels)
         image[rows] = torch.stack([t.float().mean(0) for t in tokens])
     seen = torch.tensor([one.image is not None for one in asked], device=mllm.device)
     return Features(words, image, seen)

@@ -10,6 +10,8 @@ nothing here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from editing.batches import Batch, Interceptor, Part, Sequences, probe_of
 from editing.metrics.answers import IGNORED
+from editing.prefixes import prefixed
 from editing.requests import EditRequest, Probe
 from mmtune.backbones.generation import Decoding, log_probabilities, padded, texts_of
 from mmtune.backbones.generative import Generative
@@ -68,7 +71,7 @@ class MLLM:
         if not isinstance(backbone, Generative) or not backbone.writes:
             raise ValueError(
                 f"an edited model must write text, and {loaded.name} is a "
-                f"{type(loaded.model).__name__}. Use BLIP-2 or LLaVA."
+                f"{type(loaded.model).__name__}. Use BLIP-2, MiniGPT-4, LLaVA or Qwen-VL."
             )
         if loaded.tokenizer is None:
             raise ValueError(
@@ -85,8 +88,9 @@ class MLLM:
         self.tokenizer = loaded.tokenizer
         self.name = loaded.name
         self.around: list[Interceptor] = []
+        self._modules = list(self.model.named_modules())
         self.templates = _templates(backbone.templates, templates or {})
-        self._transform = EvalTransform(loaded.image)
+        self._transform, self._processor = EvalTransform(loaded.image), loaded.processor
 
     @property
     def device(self) -> torch.device:
@@ -119,24 +123,41 @@ class MLLM:
         parts = tuple(self._part(probes, prompts, rows) for rows in groups if rows)
         return Batch(probes, prefaces, parts, ids.to(self.device), mask.to(self.device))
 
-    def pixels(self, images: Sequence[MediaRef]) -> Tensor:
-        """[k, 3, s, s]: images as the model reads them, on its device and in its dtype."""
-        shared = {id(image): image for image in images}  # the probes of a record share theirs
-        seen = {key: self._transform(load_image(image)) for key, image in shared.items()}
+    def pixels(self, images: Sequence[MediaRef]) -> dict[str, Tensor]:
+        """Images as the model reads them, on its device and in its dtype.
+
+        Returns:
+            {pixel_values [k, 3, s, s]}; of a family that reads images of several sizes what its
+            stock processor makes of them, {pixel_values [k, ...], image_sizes [k, 2]}.
+        """
+        distinct = list(dict.fromkeys(images))  # the probes of a record share theirs
+        order = torch.tensor([distinct.index(image) for image in images])
+        opened = [load_image(image) for image in distinct]
+        if self._processor is None:
+            seen = {"pixel_values": torch.stack([self._transform(image) for image in opened])}
+        else:
+            seen = self.backbone.pixels(self._processor, opened)
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        return torch.stack([seen[id(image)] for image in images]).to(self.device, dtype)
+        seen["pixel_values"] = seen["pixel_values"].to(dtype)
+        return {name: value[order].to(self.device) for name, value in seen.items()}
 
     def cached(self, batch: Batch, names: Iterable[str]) -> Batch:
-        """The same batch, computed once up to the first layer that holds one of these parameters.
+        """The same batch, computed once up to the first module that holds one of these parameters.
 
-        Everything that takes a batch takes it, and computes with it the layers from there on only.
-        It is good as long as nothing below changes: until another edit is applied there.
+        Everything that takes a batch takes it, with the same numbers. The first pass of a kind
+        (scores, whole sequences, writing) is a plain one that keeps what does not depend on the
+        parameters, in memory, as long as the batch lives; later ones compute the rest only. What
+        is kept is forgotten where something else below changes (an edit applied there): the next
+        pass is a plain one again. It is good before an edit, under it, and for several editors.
 
         Args:
             batch: as `batch` makes it.
             names: the parameters that will change: the keys of `weights`, or of an edit's changes.
+
+        Raises:
+            ValueError: a name that is no parameter's.
         """
-        return batch
+        return replace(batch, parts=prefixed(self.model, batch.parts, names))
 
     def answer_logits(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """[n, t, v]: the scores from which each token of `batch.target_ids` is predicted.
@@ -182,6 +203,34 @@ class MLLM:
             write = partial(interceptor.written, inner=write)
         return write(batch, Decoding(max_tokens=most))
 
+    @torch.no_grad()
+    def answers(
+        self, batch: Batch, logits: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> list[str]:
+        """What `answer` returns, where the scores are known: few answers have to be written.
+
+        Where each token of a target, its end included, is the likeliest behind those before it,
+        writing greedily chooses the same tokens one by one (by induction: the first, then the
+        second behind the first), ends there, and is not written. Writing with a cache and scoring
+        all at once round differently, so two tokens that score next to the same may change places.
+
+        Args:
+            batch: as `batch` makes it.
+            logits: [n, t, v], its `answer_logits` with the same weights and edits.
+            weights: see `answer_logits`.
+        """
+        said = self.target_texts(batch)
+        hit = (logits.argmax(-1) == batch.target_ids) | (batch.target_mask == 0)
+        rows = [row for row, same in enumerate(hit.all(1).tolist()) if not same]
+        if any(_apart(interceptor) for interceptor in self.around):
+            rows = list(range(len(batch)))
+        if rows:
+            asked = batch if len(rows) == len(batch) else batch.chosen(rows)
+            most = max(WRITTEN, batch.target_ids.shape[1])
+            for row, text in zip(rows, self.answer(asked, most, weights), strict=True):
+                said[row] = text
+        return said
+
     def target_texts(self, batch: Batch) -> list[str]:
         """The answers as `answer` would return them: tokenized and read back."""
         return texts_of(self.tokenizer, batch.target_ids, self.backbone.ends)
@@ -196,18 +245,34 @@ class MLLM:
             TypeError: a family without such scores, or an edit that changes answers only.
         """
         self._require_same_prefaces(batch)
-        if any(type(i).logits is not Interceptor.logits for i in self.around):
-            raise TypeError("an applied edit changes answers only: there are no whole sequences")
         if len(batch.parts) != 1:
             raise ValueError("expected probes that all have an image, or none; got both")
-        context = self._read(batch.parts[0], batch.target_mask)
+        score: Callable[[Batch], Sequences] = self._sequences
+        for interceptor in self.around:
+            score = partial(interceptor.sequences, inner=score)
+        return score(batch)
+
+    def _sequences(self, batch: Batch) -> Sequences:
         ids, mask = batch.target_ids, batch.target_mask
-        logits = self.backbone.everywhere(self.model, context, ids, mask)
+        with _passing(batch.parts[0], "everywhere", torch.stack([ids, mask])):
+            context = self._read(batch.parts[0], batch.target_mask)
+            logits = self.backbone.everywhere(self.model, context, ids, mask)
         given = logits.shape[1] - ids.shape[1] + 1  # tokens read before the first of the answer
         labels = ids.new_full(logits.shape[:2], IGNORED)
         labels[:, given:] = ids[:, :-1].masked_fill(batch.answer_mask[:, :-1] == 0, IGNORED)
         prompt = context["mask"] if "embeds" in context else mask.new_ones(len(batch), given)
         return Sequences(logits, labels, torch.cat([prompt, mask[:, :-1]], dim=1))
+
+    @torch.no_grad()
+    def room(self, probe: Probe) -> int | None:
+        """Tokens that fit beside a probe's prompt, text of edits left aside; None: any number."""
+        config: Any = self.model.config
+        most = getattr(config.text_config, "max_position_embeddings", None)
+        if most is None:
+            return None
+        context = self._read(self._part([probe], [self._prompt(probe, "")], [0]))
+        # The last token is written and not read: it needs no position.
+        return most + 1 - int(context["mask"].sum()) if "embeds" in context else None
 
     def _prefaces(self, probes: Sequence[Probe]) -> tuple[str, ...]:
         return tuple("".join(i.preface(probe) for i in self.around) for probe in probes)
@@ -232,16 +297,19 @@ class MLLM:
         texts = [prompts[i] for i in rows]
         images = [image for i in rows if (image := probes[i].image) is not None]
         if images:
-            tokens = self.backbone.prompts(self.tokenizer, texts)
-            pixels = self.pixels(images)
+            seen = self.pixels(images)
+            pixels, first = seen["pixel_values"], tuple(map(images.index, images))
+            tokens = self.backbone.prompts(self.tokenizer, texts, sizes=seen.get("image_sizes"))
         else:
             tokens, pixels = self.backbone.text_prompts(self.tokenizer, texts), None
+            first = None
         tokens = {name: value.to(self.device) for name, value in tokens.items()}
-        return Part(torch.tensor(rows, device=self.device), tokens, pixels)
+        return Part(torch.tensor(rows, device=self.device), tokens, pixels, first)
 
     def _read(self, part: Part, target_mask: Tensor | None = None) -> dict[str, Tensor]:
         """The context of a part's prompts, which must leave room for their targets."""
-        context = self.backbone.read(self.model, part.pixels, **part.prompts)
+        with self.backbone.each_once(part.images):
+            context = self.backbone.read(self.model, part.pixels, **part.prompts)
         config: Any = self.model.config
         room = getattr(config.text_config, "max_position_embeddings", None)
         if "embeds" in context and room is not None:
@@ -260,8 +328,9 @@ class MLLM:
             found = []
             for part in batch.parts:
                 ids, mask = batch.target_ids[part.rows], batch.target_mask[part.rows]
-                context = self._read(part, batch.target_mask)
-                found.append(self.backbone.continued(self.model, context, ids, mask))
+                with _passing(part, "scores", torch.stack([ids, mask])):
+                    context = self._read(part, batch.target_mask)
+                    found.append(self.backbone.continued(self.model, context, ids, mask))
             return found
 
         found = self._computed(compute, weights)
@@ -273,8 +342,12 @@ class MLLM:
         self, weights: Mapping[str, Tensor] | None, batch: Batch, decoding: Decoding
     ) -> list[str]:
         def compute() -> list[Tensor]:
-            contexts = map(self._read, batch.parts)
-            return [self.backbone.written(self.model, c, decoding) for c in contexts]
+            found = []
+            for part in batch.parts:
+                with _passing(part, f"written {decoding.beams} {decoding.cache}"):
+                    context = self._read(part)
+                    found.append(self.backbone.written(self.model, context, decoding))
+            return found
 
         answers = [""] * len(batch)
         for part, ids in zip(batch.parts, self._computed(compute, weights), strict=True):
@@ -288,8 +361,28 @@ class MLLM:
     ) -> list[Tensor]:
         if not weights:
             return compute()
-        named = {f"stock.{name}": value for name, value in weights.items()}
-        return torch.func.functional_call(_Around(self.model), named, (compute,))
+        given = {id(self.model.get_parameter(name)): value for name, value in weights.items()}
+        # torch would look for tied weights among all parameters by name, which takes longer than
+        # the pass of a batch that is computed once.
+        named = {
+            f"stock.{path}.{name}".replace("..", "."): given[id(parameter)]
+            for path, module in self._modules
+            for name, parameter in module._parameters.items()
+            if id(parameter) in given
+        }
+        around = _Around(self.model)
+        return torch.func.functional_call(around, named, (compute,), tie_weights=False)
+
+
+def _passing(part: Part, kind: str, targets: Tensor | None = None) -> AbstractContextManager[None]:
+    return nullcontext() if part.prefix is None else part.prefix.around(kind, part, targets)
+
+
+def _apart(interceptor: Interceptor) -> bool:
+    """Whether what is written may be something else than what scores highest."""
+    own = type(interceptor)
+    scores = own.logits is not Interceptor.logits
+    return interceptor.apart or scores != (own.written is not Interceptor.written)
 
 
 def _templates(own: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:

@@ -35,12 +35,15 @@ class EditRequest:
         target: the new answer, not empty.
         image: None for an edit of knowledge that no image shows.
         id: what the source calls it.
+        subject: what the question is about, word for word as it stands there; empty where that is
+            not known, or only the image shows it.
     """
 
     question: str
     target: str
     image: MediaRef | None = None
     id: str = ""
+    subject: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -121,3 +122,17 @@ def sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def cut_log(metrics: Path, step: int) -> None:
+    """Leave in metrics.jsonl what was written up to a step: a resume writes the rest again."""
+    if not metrics.exists():
+        return
+    kept = [
+        line
+        for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n") and json.loads(line)["step"] <= step
+    ]
+    partial = metrics.with_name(f".{metrics.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(metrics)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from editing.commands import add_commands as add_editing
 from mmtune.analysis.commands import add_commands as add_analysis
+from mmtune.converting import add_commands as add_conversion
 from mmtune.tables import (
     LISTED,
     evaluation_table,
@@ -118,19 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     merge.add_argument("--out", type=Path, required=True, help="folder to write")
 
-    convert = _command(commands, "convert", _convert, "turn another code's checkpoint into a model")
-    convert.add_argument("layout", choices=("blip",), help="blip: the original BLIP code's .pth")
-    convert.add_argument("file", type=Path, metavar="FILE", help="the checkpoint")
-    convert.add_argument(
-        "--kind", choices=("retrieval", "vqa", "caption"), required=True, help="the stock class"
-    )
-    convert.add_argument("--out", type=Path, required=True, help="folder to write, for hf:FOLDER")
-    convert.add_argument("--image-size", type=int, help="pixels; default: the checkpoint's")
-    convert.add_argument(
-        "--tokenizer", default="bert-base-uncased", help="folder or hub name (default: %(default)s)"
-    )
-
-    for add in (add_analysis, add_editing):
+    for add in (add_conversion, add_analysis, add_editing):
         add(lambda name, summary: _command(commands, name, _show, summary))
 
     listing = _command(commands, "list", _list, "show what there is")
@@ -313,31 +302,14 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"stock weights in {options.out}; outputs differ by {difference:.1e} relative")
 
 
-def _convert(options: argparse.Namespace) -> int:
-    from mmtune.backbones.blip_checkpoints import write
-    from mmtune.tables import conversion_table
-
-    converted, problem = write(
-        options.file, options.kind, options.out, options.image_size, options.tokenizer
-    )
-    _print(conversion_table(converted))
-    if problem is None:
-        print(f"model.name: hf:{options.out}")
-        return OK
-    print(
-        f"{options.out} has no tokenizer and cannot be loaded by hf:FOLDER: {problem}. Delete it "
-        "and convert again with --tokenizer FOLDER.",
-        file=sys.stderr,
-    )
-    return FAILED
-
-
 def _show(options: argparse.Namespace) -> int:
     shown = options.show(options)
     for table in shown.tables:
-        _print(table)
+        _print(table, piped=180 if shown.wide else 120)
     for line in shown.lines:
         print(line)
+    for line in shown.errors:
+        print(line, file=sys.stderr)
     return shown.code
 
 
@@ -347,7 +319,7 @@ def _list(options: argparse.Namespace) -> None:
     if not (options.matrix or options.what):
         raise ValueError(f"name what to list: {', '.join(LISTED)}, or --matrix.")
     for table in matrix() if options.matrix else LISTED[options.what]():
-        _print(table)
+        _print(table, piped=180 if options.matrix else 120)
 
 
 def _print_costs(results: Results) -> None:

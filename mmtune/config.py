@@ -225,11 +225,11 @@ def to_yaml(config: RunConfig) -> str:
     document = {
         "name": config.name,
         "seed": config.seed,
-        "model": _plain(config.model),
-        "task": {"name": config.task, **_plain(config.task_options)},
-        "data": _plain(config.data),
-        "tuner": {"method": config.method, **_plain(config.tuner_options)},
-        "training": _plain(config.training),
+        "model": plain(config.model),
+        "task": {"name": config.task, **plain(config.task_options)},
+        "data": plain(config.data),
+        "tuner": {"method": config.method, **plain(config.tuner_options)},
+        "training": plain(config.training),
     }
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
@@ -383,12 +383,12 @@ def _unknown(got: Any, names: Iterable[str], name: str) -> str:
     return f"unknown key, got {got!r}; expected one of {listed(names)}.{did_you_mean(name, names)}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as what YAML can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,8 +11,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a command prints, tables and then lines, and its exit code."""
+    """What a command prints, tables and then lines, and its exit code.
+
+    Attributes:
+        tables, lines: in order.
+        code: of the command's exit.
+        wide: tables get more room where output has no width of its own.
+        errors: lines for the error stream.
+    """
 
     tables: list[Table]
     lines: list[str]
     code: int = 0
+    wide: bool = False
+    errors: list[str] = field(default_factory=list)

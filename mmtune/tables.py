@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mmtune.analysis.tables import Sheet
-    from mmtune.backbones.blip_checkpoints import Converted
+    from mmtune.backbones.original_checkpoints import Converted
     from mmtune.config import RunConfig
     from mmtune.dry_runs import DryRun
     from mmtune.memory import MemoryEstimate

@@ -23,6 +23,7 @@ from mmtune.checkpoints import (
     STATE,
     TrainingError,
     checkpoints,
+    cut_log,
     load_hooks,
     load_weights,
     save_hooks,
@@ -364,15 +365,8 @@ def _start(trainer: TaskTrainer, checkpoint: Path | None, metrics: Path) -> int:
         )
     trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
     step = trainer.state.global_step
-    if trainer.args.should_save and metrics.exists():
-        kept = [
-            line
-            for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            if line.endswith("\n") and json.loads(line)["step"] <= step
-        ]
-        partial = metrics.with_name(f".{metrics.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(metrics)
+    if trainer.args.should_save:
+        cut_log(metrics, step)
     log.info("resuming from %s", checkpoint)
     if step >= trainer.args.max_steps:
         trainer._load_from_checkpoint(str(checkpoint))

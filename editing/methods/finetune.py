@@ -100,15 +100,18 @@ class _Editing(Editor):
         trained = self.factors(weights, generator)
         leaves = [leaf for part in trained.values() for leaf in part]
         optimiser = torch.optim.AdamW(
-            leaves, lr=self.settings.lr, weight_decay=self.settings.weight_decay
+            leaves,
+            lr=self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+            fused=leaves[0].is_cuda or None,
         )
         size = self.settings.batch_size
-        batches = [mllm.batch(requests[i : i + size]) for i in range(0, len(requests), size)]
+        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
+        batches = [mllm.cached(mllm.batch(part), weights) for part in parts]
         steps = 0
         while True:
             with torch.enable_grad():
-                loss, likely = self._gradients(mllm, batches, weights, trained, len(requests))
-            said = likely and self._says(mllm, batches, weights, trained)
+                loss, said = self._gradients(mllm, batches, weights, trained, len(requests))
             if said or steps == self.settings.steps:
                 break
             optimiser.step()
@@ -133,31 +136,23 @@ class _Editing(Editor):
         trained: Mapping[str, Leaves],
         count: int,
     ) -> tuple[float, bool]:
-        """The loss, whose gradients are left in the leaves, and whether each target is likeliest.
-
-        Every token likeliest after those before it: written greedily, that is the target.
-        """
-        total, likely = 0.0, True
+        """The loss, whose gradients are left in the leaves, and whether the targets are written."""
+        total, said = 0.0, True
         for batch in batches:
-            logits = mllm.answer_logits(batch, self._edited(weights, trained))
+            edited = self._edited(weights, trained)
+            logits = mllm.answer_logits(batch, edited)
             logs = log_probabilities(logits, batch.target_ids, batch.target_mask)
             loss = -(logs.sum(1) / batch.target_mask.sum(1)).sum() / count
             loss.backward()
             total += float(loss.detach())
             hit = (logits.argmax(-1) == batch.target_ids) | (batch.target_mask == 0)
-            likely = likely and bool(hit.all())
-        return total, likely
+            # Likeliest tokens alone are not written, see `MLLM.answers`.
+            said = said and bool(hit.all()) and self._says(mllm, batch, logits, edited)
+        return total, said
 
-    @torch.no_grad()
-    def _says(
-        self,
-        mllm: MLLM,
-        batches: Sequence[Batch],
-        weights: Mapping[str, Tensor],
-        trained: Mapping[str, Leaves],
-    ) -> bool:
-        edited = self._edited(weights, trained)
-        return all(mllm.answer(b, weights=edited) == mllm.target_texts(b) for b in batches)
+    @staticmethod
+    def _says(mllm: MLLM, batch: Batch, logits: Tensor, weights: Mapping[str, Tensor]) -> bool:
+        return mllm.answers(batch, logits, weights) == mllm.target_texts(batch)
 
 
 class FineTune(_Editing):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -212,14 +213,18 @@ def _at(names: Sequence[str], index: int, records: Sequence) -> str:
 
 def _drawn(columns: np.ndarray, clusters: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """[resamples, k] sums; the draws are those of the golden numbers."""
-    count = int(clusters.max()) + 1
+    drawn = _draws(int(clusters.max()) + 1, resamples, seed)
+    return drawn_sums(columns, clusters, resamples, drawn=drawn)
 
-    def draws() -> Iterator[np.ndarray]:
-        state = np.random.RandomState(seed)  # its stream never changes between numpy's versions
-        for _ in range(resamples):
-            yield np.bincount(state.randint(0, count, size=count), minlength=count)
 
-    return drawn_sums(columns, clusters, resamples, drawn=draws())
+@lru_cache(maxsize=2)  # a table averages the same clusters over and over
+def _draws(count: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    """How often each of `count` clusters is drawn, once a resample."""
+    state = np.random.RandomState(seed)  # its stream never changes between numpy's versions
+    return tuple(
+        np.bincount(state.randint(0, count, size=count), minlength=count).astype(np.float64)
+        for _ in range(resamples)
+    )
 
 
 def _mean_where(values: np.ndarray, where: Sequence[bool]) -> float:

@@ -25,10 +25,14 @@ def families() -> dict[str, type[Backbone]]:
     from mmtune.backbones.blip2 import Blip2
     from mmtune.backbones.clip import HFClip, Siglip
     from mmtune.backbones.llava import Llava
+    from mmtune.backbones.llava_onevision import LlavaOnevision
+    from mmtune.backbones.minigpt4 import MiniGPT4
     from mmtune.backbones.open_clip import OpenClip
+    from mmtune.backbones.qwen_vl import QwenVL
 
-    shipped: tuple[type[Backbone], ...] = (OpenClip, HFClip, Siglip, Blip, Blip2, Llava)
-    return {cls.family: cls for cls in (*shipped, *_REGISTERED)}
+    towers: tuple[type[Backbone], ...] = (OpenClip, HFClip, Siglip, Blip)
+    writers = (MiniGPT4, Blip2, Llava, LlavaOnevision, QwenVL)
+    return {cls.family: cls for cls in (*towers, *writers, *_REGISTERED)}
 
 
 def register(cls: type[Backbone]) -> type[Backbone]:

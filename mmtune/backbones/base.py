@@ -91,6 +91,8 @@ class Loaded:
         name: the name it was loaded by, such as "zoo:tiny-clip".
         count_tokens: text -> its length in tokens before truncation.
         tokenizer: that of a transformers model, for what a model writes; else None.
+        processor: the stock image processor of a family that reads images of several sizes
+            (`Generative.pixels`); None where all become squares, as `image` says.
     """
 
     model: nn.Module
@@ -101,6 +103,7 @@ class Loaded:
     name: str
     count_tokens: Callable[[str], int]
     tokenizer: Any = None
+    processor: Any = None
 
 
 class Backbone(ABC):
@@ -108,10 +111,16 @@ class Backbone(ABC):
 
     `model` arguments of the embedding methods may be wrapped (PeftModel, DistributedDataParallel);
     the backbone itself is made from the unwrapped model.
+
+    Attributes:
+        family: name of the kind of model.
+        summary: one line about it.
+        packed: branches whose layers are given the tokens of all samples in one row, [n, d].
     """
 
     family: ClassVar[str]
     summary: ClassVar[str]
+    packed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

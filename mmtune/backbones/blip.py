@@ -284,14 +284,23 @@ class Blip(Generative):
         return [int(m.config.text_config.sep_token_id)]
 
     def prompts(
-        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        limit: int | None = None,
+        sizes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         from mmtune.backbones import blip_generation
 
         return blip_generation.prompts(self.model, tokenizer, texts, limit)
 
     def read(
-        self, stock: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+        self,
+        stock: Any,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_sizes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         from mmtune.backbones import blip_generation
 

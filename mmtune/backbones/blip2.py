@@ -150,7 +150,11 @@ class Blip2(Generative):
         return mllm_generation.ends_of(self._model.language_model)
 
     def prompts(
-        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        limit: int | None = None,
+        sizes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The words alone: the learned queries come before them and need no placeholders.
 
@@ -165,7 +169,12 @@ class Blip2(Generative):
         return self.prompts(tokenizer, texts)
 
     def read(
-        self, stock: Any, pixel_values: Tensor | None, input_ids: Tensor, attention_mask: Tensor
+        self,
+        stock: Any,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_sizes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         import torch
 
@@ -180,7 +189,9 @@ class Blip2(Generative):
         states = encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
         return {"states": states.last_hidden_state, "mask": mask}
 
-    def image_tokens(self, stock: Any, pixel_values: Tensor) -> Tensor:
+    def image_tokens(
+        self, stock: Any, pixel_values: Tensor, image_sizes: Tensor | None = None
+    ) -> Tensor:
         return stock.get_image_features(pixel_values, return_dict=True).pooler_output
 
     def continued(

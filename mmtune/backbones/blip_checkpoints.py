@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.backbones.architectures import BLIP_CLASSES, BLIP_HEAD, blip_config
+from mmtune.backbones.original_checkpoints import (
+    VISION_NAMES,
+    CheckpointError,
+    Converted,
+    fill,
+    interpolated,
+    preprocessing,
+    read_checkpoint,
+    required,
+    side_of,
+    some,
+)
 from mmtune.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-SHOWN = 8  # keys that one message names
 TOKENIZER = "bert-base-uncased"
 DECODE, ENCODE = "[DEC]", "[ENC]"  # what the original adds to BERT's vocabulary, in this order
 
@@ -34,16 +42,6 @@ PARTS = {
     "caption": ("visual_encoder", "text_decoder"),
 }
 EVERY_PART = tuple(dict.fromkeys(part for parts in PARTS.values() for part in parts))
-VISION_NAMES = (
-    (r"cls_token", "embeddings.class_embedding"),
-    (r"pos_embed", "embeddings.position_embedding"),
-    (r"patch_embed\.proj\.(.*)", r"embeddings.patch_embedding.\1"),
-    (r"norm\.(.*)", r"post_layernorm.\1"),
-    (r"blocks\.(\d+)\.norm([12])\.(.*)", r"encoder.layers.\1.layer_norm\2.\3"),
-    (r"blocks\.(\d+)\.attn\.qkv\.(.*)", r"encoder.layers.\1.self_attn.qkv.\2"),
-    (r"blocks\.(\d+)\.attn\.proj\.(.*)", r"encoder.layers.\1.self_attn.projection.\2"),
-    (r"blocks\.(\d+)\.mlp\.(fc[12])\.(.*)", r"encoder.layers.\1.mlp.\2.\3"),
-)
 POSITIONS = "visual_encoder.pos_embed"
 OUTPUT = "text_decoder.cls.predictions"
 # Pairs that are one parameter in the fine-tuning classes of both codes. Those load the second name
@@ -52,57 +50,6 @@ TIED = {
     "text_decoder.bert.embeddings.word_embeddings.weight": f"{OUTPUT}.decoder.weight",
     f"{OUTPUT}.bias": f"{OUTPUT}.decoder.bias",
 }
-
-
-class CheckpointError(ValueError):
-    """A file that is no checkpoint of the original BLIP, or not of the kind that was asked for."""
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A stock model with the weights of a checkpoint.
-
-    Attributes:
-        model: of the stock class, in eval mode.
-        trained_at: image size in pixels of the checkpoint's position embeddings.
-        left_out: number of tensors that have no place in the stock class, by what they are.
-        replaced: names whose value gave way to that of the name they are tied to.
-        temperature: the learned temperature of the contrastive loss, which transformers does not
-            keep; None where the checkpoint has none.
-    """
-
-    model: nn.Module
-    trained_at: int
-    left_out: dict[str, int] = field(default_factory=dict)
-    replaced: list[str] = field(default_factory=list)
-    temperature: float | None = None
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, by their original names.
-
-    Raises:
-        CheckpointError: the file holds code, or no tensors.
-    """
-    import torch
-
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path} is not read: it is damaged, or holds more than tensors and plain values, "
-            f"which could run code ({reason}). Expected a file of torch.save (model_base.pth)."
-        ) from None
-    state = found["model"] if isinstance(found, Mapping) and "model" in found else found
-    if not isinstance(state, Mapping) or not any(
-        isinstance(v, torch.Tensor) for v in state.values()
-    ):
-        raise CheckpointError(
-            f"{path} holds no state dict: expected a mapping of tensors, or one below 'model', got "
-            f"{_described(found)}."
-        )
-    return {str(name): value for name, value in state.items()}
 
 
 def convert(state: Mapping[str, Tensor], kind: str, image_size: int | None = None) -> Converted:
@@ -134,7 +81,7 @@ def convert(state: Mapping[str, Tensor], kind: str, image_size: int | None = Non
     replaced = _tie(used)
     used[POSITIONS] = interpolated(used[POSITIONS], _grid(config))
     model = getattr(transformers, BLIP_CLASSES[kind])(config)
-    _fill(model, used)
+    fill(model, used, stock_name)
     temperature = float(state["temp"]) if "temp" in state else None
     return Converted(model.eval(), trained_at, dict(left_out), replaced, temperature)
 
@@ -157,7 +104,7 @@ def _sorted_out(state: Mapping[str, Tensor], kind: str) -> tuple[dict[str, Tenso
             unknown.append(name)
     if unknown:
         raise CheckpointError(
-            f"{len(unknown)} unknown key(s): {_some(unknown)}. Expected "
+            f"{len(unknown)} unknown key(s): {some(unknown)}. Expected "
             f"{', '.join(f'{part}.*' for part in EVERY_PART)}, momentum copies (*_m.*) and queues."
         )
     return used, left_out
@@ -166,14 +113,10 @@ def _sorted_out(state: Mapping[str, Tensor], kind: str) -> tuple[dict[str, Tenso
 def _config(used: Mapping[str, Tensor], kind: str, image_size: int | None) -> tuple[Any, int]:
     """The stock config that the shapes mean, and the image size that the checkpoint has."""
     text = "text_encoder" if "text_encoder" in PARTS[kind] else "text_decoder.bert"
-    words = _required(used, f"{text}.embeddings.word_embeddings.weight")
-    patches = _required(used, "visual_encoder.patch_embed.proj.weight")
-    positions = _required(used, POSITIONS)
-    patch, side = patches.shape[-1], math.isqrt(positions.shape[1] - 1)
-    if side * side + 1 != positions.shape[1]:
-        raise CheckpointError(
-            f"{POSITIONS} has {positions.shape[1]} positions; expected one and a square of patches."
-        )
+    words = required(used, f"{text}.embeddings.word_embeddings.weight")
+    patches = required(used, "visual_encoder.patch_embed.proj.weight")
+    positions = required(used, POSITIONS)
+    patch, side = patches.shape[-1], side_of(positions, POSITIONS)
     size = image_size or side * patch
     if size % patch:
         raise CheckpointError(
@@ -186,7 +129,7 @@ def _config(used: Mapping[str, Tensor], kind: str, image_size: int | None) -> tu
         kind,
         vision={
             "hidden_size": patches.shape[0],
-            "intermediate_size": _required(used, first).shape[0],
+            "intermediate_size": required(used, first).shape[0],
             "num_hidden_layers": _layers(used, "visual_encoder.blocks"),
             "num_attention_heads": _heads(POSITIONS, patches.shape[0]),
             "image_size": size,
@@ -195,24 +138,16 @@ def _config(used: Mapping[str, Tensor], kind: str, image_size: int | None) -> tu
         text={
             "vocab_size": words.shape[0],
             "hidden_size": words.shape[1],
-            "intermediate_size": _required(used, f"{layer}.0.intermediate.dense.weight").shape[0],
+            "intermediate_size": required(used, f"{layer}.0.intermediate.dense.weight").shape[0],
             "num_hidden_layers": _layers(used, layer),
             "num_attention_heads": _heads(text, words.shape[1]),
-            "max_position_embeddings": _required(
+            "max_position_embeddings": required(
                 used, f"{text}.embeddings.position_embeddings.weight"
             ).shape[0],
         },
         embedding=256 if projection is None else projection.shape[0],
     )
     return config, side * patch
-
-
-def _required(used: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in used:
-        raise CheckpointError(
-            f"the key {name} is missing: this is no BLIP checkpoint of that kind."
-        )
-    return used[name]
 
 
 def _layers(used: Mapping[str, Tensor], prefix: str) -> int:
@@ -250,26 +185,6 @@ def _tie(used: dict[str, Tensor]) -> list[str]:
     return changed
 
 
-def interpolated(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings for another grid of patches, bicubic, as the original code has it.
-
-    Args:
-        positions: [1, 1 + n * n, d], that of the class token first.
-        side: patches along an edge of the new grid.
-
-    Shape: [1, 1 + side * side, d].
-    """
-    from torch import cat
-    from torch.nn.functional import interpolate
-
-    n = math.isqrt(positions.shape[1] - 1)
-    if n == side:
-        return positions
-    grid = positions[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)
-    grid = interpolate(grid.float(), size=(side, side), mode="bicubic", align_corners=False)
-    return cat([positions[:, :1], grid.flatten(2).mT.to(positions.dtype)], dim=1)
-
-
 def stock_name(name: str) -> str | None:
     """The name in transformers of a parameter of the original code; None for an unknown one."""
     part, _, rest = name.partition(".")
@@ -279,30 +194,6 @@ def stock_name(name: str) -> str | None:
         if match := re.fullmatch(pattern, rest):
             return f"vision_model.{match.expand(stock)}"
     return None
-
-
-def _fill(model: nn.Module, used: Mapping[str, Tensor]) -> None:
-    """Load every tensor; CheckpointError names those missing, unknown, or of another shape."""
-    want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    mapped = {stock_name(name): (name, value) for name, value in used.items()}
-    unknown = [n for n in used if stock_name(n) not in want]
-    missing = [name for name in want if name not in mapped]
-    wrong = [
-        f"{mapped[name][0]}: {list(mapped[name][1].shape)}, expected {list(shape)}"
-        for name, shape in want.items()
-        if name in mapped and tuple(mapped[name][1].shape) != shape
-    ]
-    problems = [
-        f"{len(names)} {what} key(s): {_some(names)}"
-        for what, names in (("unknown", unknown), ("missing", missing), ("misshapen", wrong))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint does not fit {type(model).__name__}: {'. '.join(problems)}. Missing "
-            "keys are named as in transformers."
-        )
-    model.load_state_dict({str(name): value for name, (_, value) in mapped.items()})
 
 
 def write(
@@ -341,7 +232,7 @@ def write(
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
-        _preprocessing(model.config.vision_config.image_size).save_pretrained(folder)
+        preprocessing(model.config.vision_config.image_size).save_pretrained(folder)
         if words is not None:
             words.save_pretrained(folder)
 
@@ -372,21 +263,3 @@ def _tokenizer(source: str, vocabulary: int) -> tuple[Any, str | None]:
             "30522 entries"
         )
     return words, None
-
-
-def _preprocessing(size: int) -> Any:
-    from transformers import BlipImageProcessor
-
-    make: Any = BlipImageProcessor
-    return make(size={"height": size, "width": size})
-
-
-def _described(found: Any) -> str:
-    if isinstance(found, Mapping):
-        return f"a mapping with keys {_some([str(k) for k in found])}"
-    return f"a {type(found).__name__}"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more or "none"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmtune.backbones import unwrapped
 from mmtune.backbones.base import Backbone, PairEmbeddings, forward_through
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from mmtune.backbones.generation import Decoding
 
 READ = ("pixel_values", "input_ids", "attention_mask")  # what `Generative.read` takes of a batch
+SIZES = "image_sizes"  # and this, where a batch has it
 
 
 class Generative(Backbone):
@@ -27,10 +30,13 @@ class Generative(Backbone):
     Attributes:
         instead: what to use for retrieval, completing "... embeds no pairs; for retrieval use".
         reads_videos: whether `read` takes frames, [b, f, 3, s, s].
+        reads_sizes: whether the stock processor keeps an image's size or shape; `pixels` then gives
+            what it makes of images. Squares [b, 3, s, s] can be read in any case.
     """
 
     instead: ClassVar[str] = "a CLIP, SigLIP or open_clip model"
     reads_videos: ClassVar[bool] = False
+    reads_sizes: ClassVar[bool] = False
 
     @property
     def writes(self) -> bool:
@@ -59,16 +65,38 @@ class Generative(Backbone):
 
     @abstractmethod
     def prompts(
-        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        limit: int | None = None,
+        sizes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Texts (templates filled in) as {input_ids [b, t], attention_mask [b, t]} on the CPU.
+
+        With them, image_sizes where `sizes` are given: all that `read` takes beside the pixels.
 
         Args:
             tokenizer: of the model.
             texts: one for each image; a family whose image has a place among the words marks it
                 with <image>.
             limit: tokens at most, where a longer text may lose its end.
+            sizes: [b, 2] of the images, as `pixels` gives them; None for squares.
         """
+
+    def pixels(self, processor: Any, images: Sequence[Image]) -> dict[str, Tensor]:
+        """RGB images as the stock processor gives them to the model.
+
+        Args:
+            processor: the image processor of the model.
+            images: k of any size.
+
+        Returns:
+            {pixel_values [k, ...], image_sizes [k, 2]}, which only this family understands.
+
+        Raises:
+            TypeError: this family reads squares alone.
+        """
+        raise TypeError(f"{type(self.model).__name__} reads square images alone")
 
     def text_prompts(self, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
         """The same for prompts that no image goes with; `read` is then given no pixels.
@@ -106,25 +134,66 @@ class Generative(Backbone):
 
     @abstractmethod
     def read(
-        self, stock: Any, pixel_values: Tensor | None, input_ids: Tensor, attention_mask: Tensor
+        self,
+        stock: Any,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_sizes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What the decoder goes on from: tensors [b, ...] that only this family understands.
 
         Args:
             stock: the unwrapped model.
             pixel_values: [b, 3, s, s]; also [b, f, 3, s, s] where the family reads videos; None
-                for `text_prompts`, where the family has them.
+                for `text_prompts`, where the family has them; or as `pixels` gives them.
             input_ids: [b, t] as `prompts` makes them.
             attention_mask: [b, t].
+            image_sizes: [b, 2] where the pixels are those of `pixels`.
         """
 
-    def image_tokens(self, stock: Any, pixel_values: Tensor) -> Sequence[Tensor]:
+    def image_tokens(
+        self, stock: Any, pixel_values: Tensor, image_sizes: Tensor | None = None
+    ) -> Sequence[Tensor]:
         """The tokens [k, d] of each image, as the language model is given them.
 
         Raises:
             TypeError: this family gives its language model none.
         """
         raise TypeError(f"{type(self.model).__name__} gives its decoder no image tokens")
+
+    @contextmanager
+    def each_once(self, images: Sequence[int] | None) -> Iterator[None]:
+        """While it lasts, `read` sees an image once that several prompts are about.
+
+        A family whose `read` does not take its tokens from `image_tokens` sees each as often as it
+        is asked about, which gives the same.
+
+        Args:
+            images: for each prompt, the first that has the same image; None: all differ.
+        """
+        distinct = list(dict.fromkeys(images or ()))
+        if images is None or len(distinct) == len(images):
+            yield
+            return
+        named = self.__dict__.get("image_tokens")
+        own, order = self.image_tokens, [distinct.index(i) for i in images]
+
+        def tokens(
+            stock: Any, pixel_values: Tensor, image_sizes: Tensor | None = None
+        ) -> Sequence[Tensor]:
+            sizes = None if image_sizes is None else image_sizes[distinct]
+            found: Any = own(stock, pixel_values[distinct], sizes)
+            return [found[i] for i in order] if isinstance(found, list) else found[order]
+
+        self.image_tokens = tokens
+        try:
+            yield
+        finally:
+            if named is None:
+                del self.image_tokens
+            else:
+                self.image_tokens = named
 
     @abstractmethod
     def continued(
@@ -160,8 +229,9 @@ class Generative(Backbone):
 
         Args:
             model: possibly wrapped.
-            batch: {pixel_values, input_ids, attention_mask} of b prompts, {target_ids, target_mask}
-                of n targets, and owner [n]: the prompt that each target follows.
+            batch: {pixel_values, input_ids, attention_mask} of b prompts (image_sizes too, where
+                `pixels` made them), {target_ids, target_mask} of n targets, and owner [n]: the
+                prompt that each target follows.
         """
         stock: Any = unwrapped(model)
 
@@ -170,13 +240,14 @@ class Generative(Backbone):
             rows = {name: value[owner] for name, value in context.items()}
             return self.continued(stock, rows, target_ids, target_mask)
 
-        names = (*READ, "target_ids", "target_mask", "owner")
-        return forward_through(model, stock, compute, **{name: batch[name] for name in names})
+        names = ("target_ids", "target_mask", "owner")
+        given = _read_of(batch) | {name: batch[name] for name in names}
+        return forward_through(model, stock, compute, **given)
 
     def generate(self, model: nn.Module, batch: Mapping[str, Tensor], decoding: Decoding) -> Tensor:
         """[b, m] ids of what is written after the prompts of `batch`; see `written`."""
         stock: Any = unwrapped(model)
-        context = self.read(stock, **{name: batch[name] for name in READ})
+        context = self.read(stock, **_read_of(batch))
         return self.written(stock, context, decoding)
 
     def embed_pairs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairEmbeddings:
@@ -195,3 +266,7 @@ class Generative(Backbone):
             f"{type(self.model).__name__} writes text (answers, captions) and embeds no pairs; "
             f"for retrieval use {self.instead}"
         )
+
+
+def _read_of(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: batch[name] for name in (*READ, *({SIZES} & batch.keys()))}

@@ -12,7 +12,7 @@ from mmtune.backbones.towers import LayerNames, single_sites, sites_of_layer
 if TYPE_CHECKING:
     from torch import nn
 
-    from mmtune.backbones.trunks import Trunk
+    from mmtune.backbones.mllm_trunks import LanguageTrunk
 
 OPT_LAYER = LayerNames(
     roles={
@@ -94,14 +94,18 @@ def layout_of(language_model: nn.Module) -> LanguageLayout:
             norms=(f"{root}.final_layer_norm",),
             trunk=root,
         )
-    layers = getattr(lm, "layers", None)
+    root, inner = ("model.", lm.model) if hasattr(lm, "model") else ("", lm)
+    layers = getattr(inner, "layers", None)
     if layers is not None and hasattr(getattr(layers[0], "mlp", None), "up_proj"):
         return LanguageLayout(
-            stacks=(("layers", LLAMA_LAYER),), embed="embed_tokens", norms=("norm",), trunk=""
+            stacks=((f"{root}layers", LLAMA_LAYER),),
+            embed=f"{root}embed_tokens",
+            norms=(f"{root}norm",),
+            trunk=root.removesuffix("."),
         )
     raise SiteError(
         f"no sites are known in a {type(lm).__name__}: expected OPT, T5, or a decoder with Llama's "
-        "module names (self_attn.q_proj, mlp.gate_proj; Llama, Mistral, Qwen2)"
+        "module names (self_attn.q_proj, mlp.gate_proj; Llama, Mistral, Qwen)"
     )
 
 
@@ -137,15 +141,22 @@ def language_sites(model: nn.Module, path: str) -> Iterator[Site]:
     yield from single_sites(model, "language", "norm", norms, width)
 
 
-def language_trunk(model: nn.Module, path: str) -> Trunk:
-    """Where virtual tokens enter the language model at `path` (T5: its encoder)."""
-    from mmtune.backbones.mllm_trunks import LanguageTrunk
+def language_trunk(model: nn.Module, path: str, grids: bool = False) -> LanguageTrunk:
+    """Where virtual tokens enter the language model at `path` (T5: its encoder).
+
+    Args:
+        model: the stock model.
+        path: of the language model in it.
+        grids: whether an image's tokens have positions in time, height and width.
+    """
+    from mmtune.backbones.mllm_trunks import GridTrunk, LanguageTrunk
 
     lm: Any = model.get_submodule(path)
     layout = layout_of(lm)
     module: Any = lm.get_submodule(layout.trunk)
     embedding: Any = lm.get_submodule(layout.embed)
-    return LanguageTrunk(
+    kind = GridTrunk if grids else LanguageTrunk
+    return kind(
         "language",
         f"{path}.{layout.trunk}".removesuffix("."),
         module,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.backbones import mllm_generation
 from mmtune.backbones.base import Site, checkpoint_transformers
-from mmtune.backbones.generation import joined, padded
-from mmtune.backbones.generative import Generative
+from mmtune.backbones.generation import joined
+from mmtune.backbones.interleaved import Interleaved
 from mmtune.backbones.language import language_sites, language_trunk
 from mmtune.backbones.towers import HF_LAYER, single_sites, sites_of_layer
 
@@ -19,19 +19,15 @@ if TYPE_CHECKING:
     from mmtune.backbones.trunks import Trunk
 
 
-IMAGE = "<image>"  # where the image stands in a prompt
-PLACE = f"{IMAGE}\n"  # the same in a turn
 # Kind of language model -> how a turn of its user is put; others are spoken to as Vicuna is.
 TURNS = {
     "qwen2": "<|im_start|>user <image>\n{}<|im_end|>\n<|im_start|>assistant\n",
     "mistral": "[INST] <image>\n{} [/INST]",
 }
 VICUNA = "USER: <image>\n{} ASSISTANT:"
-SHORTLY = "{question}\nAnswer the question using a single word or phrase."
-CAPTION = "Provide a one-sentence caption for the provided image."
 
 
-class Llava(Generative):
+class Llava(Interleaved):
     """LLaVA that answers about images.
 
     Branches: `vision`, `projector` (its two Linears, both head), `language` (Llama, Mistral, Qwen2:
@@ -42,6 +38,7 @@ class Llava(Generative):
 
     family = "llava"
     summary = "transformers LlavaForConditionalGeneration: LLaVA-1.5 and its kin; VQA, dialogue"
+    place = "<image>\n"
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -72,78 +69,22 @@ class Llava(Generative):
         return found | {"language": language_trunk(m, "model.language_model")}
 
     @property
-    def templates(self) -> Mapping[str, str]:
-        turn = self._turn
-        return {
-            "question": turn.format(SHORTLY),
-            "text": turn.replace(PLACE, "").format(SHORTLY),
-            "caption": turn.format(CAPTION),
-        }
+    def turn(self) -> str:
+        config = self._model.config
+        own = getattr(config, "user_turn", None)  # a checkpoint may say how it was spoken to
+        return own or TURNS.get(config.text_config.model_type, VICUNA)
+
+    @property
+    def placeholder(self) -> int:
+        return self._model.config.image_token_id
 
     @property
     def ends(self) -> list[int]:
         return mllm_generation.ends_of(self._model)
 
-    def prompts(
-        self, tokenizer: Any, texts: Sequence[str], limit: int | None = None
-    ) -> dict[str, Tensor]:
-        """Prompts with as many placeholders as the image has tokens; they are never cut.
-
-        Raises:
-            ValueError: a text without exactly one <image>.
-        """
-        wrong = next((t for t in texts if t.count(IMAGE) != 1), None)
-        if wrong is not None:
-            raise ValueError(
-                f"a prompt must hold {IMAGE} once, where the image stands; got {wrong!r:.120}. "
-                "Set task.prompt accordingly."
-            )
-        token = tokenizer.convert_ids_to_tokens(self._model.config.image_token_index)
-        marks = token * self._image_tokens()
-        rows = tokenizer([t.replace(IMAGE, marks) for t in texts])["input_ids"]
-        ids, mask = padded(rows, self.pad, left=True)
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def text_prompts(self, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts as they are.
-
-        Raises:
-            ValueError: a text with an <image>.
-        """
-        wrong = next((t for t in texts if IMAGE in t), None)
-        if wrong is not None:
-            raise ValueError(f"a prompt without an image must hold no {IMAGE}, got {wrong!r:.120}")
-        ids, mask = padded(tokenizer(list(texts))["input_ids"], self.pad, left=True)
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def prefaced(self, prompt: str, preface: str) -> str:
-        """Behind the image, or else behind what opens the user's turn."""
-        opening = self._turn.partition(PLACE)[0]
-        before, place, after = prompt.partition(PLACE)
-        if place:
-            return before + place + preface + after
-        before, image, after = prompt.partition(IMAGE)
-        if image:
-            return before + image + preface + after
-        if prompt.startswith(opening):
-            return opening + preface + prompt.removeprefix(opening)
-        return preface + prompt
-
-    def read(
-        self, stock: Any, pixel_values: Tensor | None, input_ids: Tensor, attention_mask: Tensor
-    ) -> dict[str, Tensor]:
-        import torch
-
-        words = stock.get_input_embeddings()(input_ids)
-        if pixel_values is None:
-            return {"embeds": words, "mask": attention_mask}
-        image = torch.cat(list(self.image_tokens(stock, pixel_values))).to(words)
-        here = stock.model.get_placeholder_mask(
-            input_ids, inputs_embeds=words, image_features=image
-        )
-        return {"embeds": words.masked_scatter(here, image), "mask": attention_mask}
-
-    def image_tokens(self, stock: Any, pixel_values: Tensor) -> Sequence[Tensor]:
+    def image_tokens(
+        self, stock: Any, pixel_values: Tensor, image_sizes: Tensor | None = None
+    ) -> Sequence[Tensor]:
         return list(stock.get_image_features(pixel_values, return_dict=True).pooler_output)
 
     def continued(
@@ -167,13 +108,13 @@ class Llava(Generative):
         arguments = decoding.arguments(self.ends, self.pad)
         return mllm_generation.written(stock, context, arguments)
 
-    def _image_tokens(self) -> int:
+    def counts(self, sizes: Tensor | None, images: int) -> list[int]:
         config = self._model.config
         vision, tower = config.vision_config, self._model.model.vision_tower
         root = getattr(tower, "vision_model", tower)
         with_class = hasattr(root.embeddings, "class_embedding")
         cropped = config.vision_feature_select_strategy == "default"
-        return (vision.image_size // vision.patch_size) ** 2 + with_class - cropped
+        return images * [(vision.image_size // vision.patch_size) ** 2 + with_class - cropped]
 
     def set_gradient_checkpointing(self, enable: bool = True) -> bool:
         return checkpoint_transformers(self.model, enable)
@@ -181,10 +122,6 @@ class Llava(Generative):
     @property
     def _model(self) -> Any:
         return self.model
-
-    @property
-    def _turn(self) -> str:
-        return TURNS.get(self._model.config.text_config.model_type, VICUNA)
 
     def _tower(self) -> str | None:
         """Path of the vision transformer; None where it is of a kind without known sites."""

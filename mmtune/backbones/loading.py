@@ -167,7 +167,8 @@ def _hf(rest: str) -> Loaded:
         )
     model = _hf_model(source, random)
     processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
-    return hf_loaded(model, AutoTokenizer.from_pretrained(source), _spec(processor), f"hf:{rest}")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return hf_loaded(model, tokenizer, _spec(processor, model), f"hf:{rest}", processor)
 
 
 def _hf_model(source: str, random: bool) -> nn.Module:
@@ -181,8 +182,10 @@ def _hf_model(source: str, random: bool) -> nn.Module:
     return (named or transformers.AutoModel).from_pretrained(source)
 
 
-def hf_loaded(model: nn.Module, tokenizer: Any, image: ImageSpec, name: str) -> Loaded:
-    """A stock transformers model with its tokenizer."""
+def hf_loaded(
+    model: nn.Module, tokenizer: Any, image: ImageSpec, name: str, processor: Any = None
+) -> Loaded:
+    """A stock transformers model with its tokenizer, and its image processor if it needs that."""
     from mmtune.backbones import backbone_of
 
     backbone = backbone_of(model)
@@ -206,18 +209,26 @@ def hf_loaded(model: nn.Module, tokenizer: Any, image: ImageSpec, name: str) -> 
     def count(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
-    return Loaded(model.eval(), backbone, image, tokenize, length, name, count, tokenizer)
+    if not getattr(backbone, "reads_sizes", False):
+        processor = None
+    return Loaded(
+        model.eval(), backbone, image, tokenize, length, name, count, tokenizer, processor
+    )
 
 
 _PIL_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def _spec(processor: Any) -> ImageSpec:
+def _spec(processor: Any, model: nn.Module) -> ImageSpec:
+    from mmtune.backbones import backbone_of
+
     size = processor.size
-    short = size.get("shortest_edge")
+    # Where a processor's edges are numbers of pixels in all, the family has a square of its own.
+    own = getattr(backbone_of(model), "square", None)
+    short = None if own else size.get("shortest_edge")
     mean, std = processor.image_mean, processor.image_std
     return ImageSpec(
-        size=int(short or size["height"]),
+        size=int(own or short or size["height"]),
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         interpolation=_PIL_NAMES.get(int(processor.resample), "bicubic"),

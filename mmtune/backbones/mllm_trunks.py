@@ -88,6 +88,58 @@ class LanguageTrunk(Trunk):
         return self.embed(kwargs["input_ids"])
 
 
+@dataclass(frozen=True)
+class GridTrunk(LanguageTrunk):
+    """A language model whose position ids are [3, b, t] (or [4, b, t], those of words first).
+
+    An image's tokens have positions in a grid, so positions cannot be counted from the mask. A
+    virtual token takes the position that a word would have there, and what follows moves on by one.
+    """
+
+    def enter(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor, at: Sequence[int]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        positions, mask = _grids(kwargs), kwargs.get("attention_mask")
+        kwargs = kwargs if positions is None else kwargs | {"position_ids": None}
+        args, kwargs = super().enter(args, kwargs, tokens, at)
+        if positions is not None:
+            kwargs["position_ids"] = _moved(positions, mask, at)
+        here = kwargs.get("visual_pos_masks")
+        if here is not None:
+            none = here.new_zeros(len(here), len(at), 1)
+            kwargs["visual_pos_masks"] = insert(here[..., None], none, at)[..., 0]
+        return args, kwargs
+
+    def carry(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], at: Sequence[int]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        positions = _grids(kwargs)
+        args, kwargs = super().carry(args, kwargs, at)
+        if positions is not None:
+            kwargs["position_ids"] = positions + len(at)
+        return args, kwargs
+
+
+def _grids(kwargs: dict[str, Any]) -> Tensor | None:
+    """The positions in time, height and width [3, b, t] of a call; None where it gives none."""
+    positions = kwargs.get("position_ids")
+    return positions[-3:] if positions is not None and positions.dim() == 3 else None
+
+
+def _moved(positions: Tensor, mask: Tensor | None, at: Sequence[int]) -> Tensor:
+    """[3, b, t + p]: the positions [3, b, t] of a call with virtual tokens `at` [p] in it."""
+    t, order = positions.shape[-1], sorted(range(len(at)), key=lambda j: at[j])
+    latest = positions.amax(0)
+    if mask is not None:
+        latest = latest.masked_fill(mask == 0, -1)
+    # The position that a word before token k would have.
+    free = torch.nn.functional.pad(latest.cummax(-1).values + 1, (1, 0))
+    own = torch.stack([free[:, min(at[j], t)] + order.index(j) for j in range(len(at))], dim=1)
+    shift = torch.tensor([sum(k <= i for k in at) for i in range(t)], device=positions.device)
+    moved = (positions + shift).permute(1, 2, 0)
+    return insert(moved, own[..., None].expand(-1, -1, 3), at).permute(2, 0, 1)
+
+
 def _counted(kwargs: dict[str, Any], at: Sequence[int], new: int) -> dict[str, Any]:
     """The arguments of a call over `new` tokens, with virtual ones in its mask and positions.
 

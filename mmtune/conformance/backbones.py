@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,8 +34,9 @@ class Tower:
         kv: output width of k and v; 0 means d.
         source: input width of the cross-attention's k and v; 0 means d.
         roles: of the Linears in each layer.
-        biases: whether those Linears have biases.
+        biases: whether those Linears have biases; or which of them.
         crossed: layers with cross-attention, where those are fewer than `roles` could say (T5).
+        trunk: whether virtual tokens can enter.
     """
 
     layers: int
@@ -44,8 +46,9 @@ class Tower:
     kv: int = 0
     source: int = 0
     roles: tuple[str, ...] = (*ATTENTION, "fc1", "fc2")
-    biases: bool = True
+    biases: bool | tuple[str, ...] = True
     crossed: int = 0
+    trunk: bool = True
 
     def attentions(self) -> list[int]:
         """The width of the keys of every attention, self and cross."""
@@ -58,7 +61,7 @@ class Tower:
         d, kv, source = self.width, self.kv or self.width, self.source or self.width
         sizes = dict.fromkeys(("q", "out", "cross_q", "cross_out"), (d, d))
         sizes |= {"k": (kv, d), "v": (kv, d), "cross_k": (kv, source), "cross_v": (kv, source)}
-        sizes |= {"fc1": (self.mlp, d), "fc2": (d, self.mlp)}
+        sizes |= {"gate": (self.mlp, d), "fc1": (self.mlp, d), "fc2": (d, self.mlp)}
         return {role: sizes[role] for role in self.roles}
 
 
@@ -260,10 +263,20 @@ def _pairs(make: Callable[[], nn.Module], vision: Tower, text: Tower) -> Backbon
 
 
 def _mllm(
-    make: Callable[[], nn.Module], towers: Mapping[str, Tower], answers: bool = False
+    make: Callable[[], nn.Module],
+    towers: Mapping[str, Tower],
+    batch: Callable[[int, int], dict[str, Tensor]] = mllms.images_and_prompts,
 ) -> BackboneCase:
-    batch = mllms.images_prompts_and_answers if answers else mllms.images_and_prompts
     return BackboneCase(make, towers, batch, mllms.logits)
+
+
+def _qwen(
+    generation: str, norms: int, biases: bool | tuple[str, ...], mlp: tuple[str, ...]
+) -> BackboneCase:
+    vision = Tower(2, 48, 192, norms=norms, roles=(*ATTENTION, *mlp), trunk=False)
+    language = Tower(2, 32, 128, norms=0, kv=16, biases=biases)
+    towers = {"vision": vision, "language": language}
+    return _mllm(partial(mllms.qwen_vl, generation), towers, mllms.patches_and_prompts)
 
 
 _QFORMER = Tower(2, 32, 128, norms=7, source=48, roles=(*ATTENTION, *CROSS, "fc1", "fc2"))
@@ -322,7 +335,7 @@ BACKBONES: dict[str, BackboneCase] = {
             "fusion": _QFORMER,
             "language": Tower(4, 32, 128, norms=0, biases=False, crossed=2),
         },
-        answers=True,
+        mllms.images_prompts_and_answers,
     ),
     "llava": _mllm(
         mllms.llava,
@@ -331,6 +344,25 @@ BACKBONES: dict[str, BackboneCase] = {
             "language": Tower(2, 32, 128, norms=0, kv=16, biases=False),
         },
     ),
+    "minigpt4": _mllm(
+        mllms.minigpt4,
+        {
+            "vision": Tower(2, 48, 192, norms=5),
+            "fusion": _QFORMER,
+            "language": Tower(2, 32, 128, norms=0, kv=16, biases=False),
+        },
+    ),
+    "llava-onevision": _mllm(
+        mllms.llava_onevision,
+        {
+            "vision": Tower(2, 48, 192, norms=4),
+            "language": Tower(2, 32, 128, norms=0, kv=16, biases=("q", "k", "v")),
+        },
+        mllms.tiles_and_prompts,
+    ),
+    "qwen2.5-vl": _qwen("qwen2_5_vl", 0, ("q", "k", "v"), ("gate", "fc1", "fc2")),
+    "qwen2-vl": _qwen("qwen2_vl", 4, ("q", "k", "v"), ("fc1", "fc2")),
+    "qwen3-vl": _qwen("qwen3_vl", 4, False, ("fc1", "fc2")),
 }
 
 

@@ -68,7 +68,7 @@ def bias_count(towers: Towers, sites: Any, norms: bool = True) -> int:
         tower.layers * out
         for tower in towers.values()
         for role, (out, _) in tower.linears().items()
-        if tower.biases and role in sites
+        if role in sites and (tower.biases is True or role in (tower.biases or ()))
     )
     return linears + (sum(t.norms * t.width for t in towers.values()) if norms else 0)
 
@@ -100,7 +100,7 @@ def prefix_count(towers: Towers, p: int, m: int | None = None) -> int:
 
 def virtual_token_count(towers: Towers, p: int, encoder: Callable[[int], int] = lambda _: 0) -> int:
     """P d and an encoder for each branch with tokens of its own; cross-attention alone has none."""
-    widths = [tower.width for tower in towers.values() if "q" in tower.roles]
+    widths = [tower.width for tower in towers.values() if "q" in tower.roles and tower.trunk]
     return sum(p * d + encoder(d) for d in widths)
 
 

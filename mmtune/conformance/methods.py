@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 PAIRWISE = ("open_clip", "open_clip-fused", "open_clip-timm", "clip", "siglip")
-FUSED = ("blip-retrieval", "blip-vqa", "blip-caption", "blip2-opt", "blip2-t5")
+FUSED = ("blip-retrieval", "blip-vqa", "blip-caption", "blip2-opt", "blip2-t5", "minigpt4")
+
+QWENS = ("qwen2.5-vl", "qwen2-vl", "qwen3-vl")
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ METHODS: dict[str, MethodCase] = {
         lambda t: unipelt_count(t, 3, 6, 2),
         merges=False,
         starts_at_base=False,  # the prefix; its adapters and LoRA start at zero
+        refused=dict.fromkeys(QWENS, "packs all samples in one row in vision"),
     ),
     "unipelt-language": MethodCase(
         "unipelt",
@@ -226,7 +229,7 @@ METHODS: dict[str, MethodCase] = {
         merges=False,
         starts_at_base=False,
     ),
-    "bitfit": MethodCase("bitfit", {}, lambda t: bias_count(t, (*EVERY, *CROSS))),
+    "bitfit": MethodCase("bitfit", {}, lambda t: bias_count(t, (*EVERY, *CROSS, "gate"))),
     "bitfit-q-fc1": MethodCase(
         "bitfit", {"sites": ["q", "fc1"]}, lambda t: bias_count(t, ["q", "fc1"], norms=False)
     ),

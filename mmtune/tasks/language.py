@@ -29,7 +29,8 @@ def writer_of(loaded: Loaded, task: str) -> Generative:
         raise ValueError(
             f"task {task} needs a model that writes text, and {loaded.name} is a "
             f"{type(loaded.model).__name__}. Use BlipForQuestionAnswering (zoo:tiny-blip@vqa), "
-            "BlipForConditionalGeneration (zoo:tiny-blip@caption), BLIP-2 or LLaVA."
+            "BlipForConditionalGeneration (zoo:tiny-blip@caption), BLIP-2, MiniGPT-4, LLaVA or "
+            "Qwen-VL."
         )
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.name} was loaded without its tokenizer; set Loaded.tokenizer")
@@ -39,7 +40,8 @@ def writer_of(loaded: Loaded, task: str) -> Generative:
 class WritingTask(MediaTask):
     """A task on models that write text; arguments as `MediaTask`.
 
-    The options have `prompt`: a template in place of the model family's own.
+    The options have `prompt`: a template in place of the model family's own. Images become squares,
+    augmented or not, also of families that could read them in their own shape.
 
     Raises:
         ValueError: the model does not write text.

@@ -216,7 +216,14 @@ class UniPELTModel(VirtualKeysTuner):
         branches = config.branches
         if branches is None:
             every = choose_attentions(backbone, None, "all")
-            branches = [b for b in dict.fromkeys(s.branch for s in every) if b not in WRITERS]
+            without = (*WRITERS, *backbone.packed)
+            branches = [b for b in dict.fromkeys(s.branch for s in every) if b not in without]
+        if not branches or set(branches) & set(backbone.packed):
+            raise SiteError(
+                f"unipelt gates each sample by a mean over its tokens, and {backbone.family} packs "
+                f"all samples in one row in {', '.join(backbone.packed)}; nor can it gate a "
+                "decoder. Use mam, or lora, prefix and adapter."
+            )
         if refused := set(branches) & set(WRITERS):
             raise SiteError(
                 f"unipelt gates by a mean over all tokens, through which a decoder's token would "

@@ -15,6 +15,7 @@ MODEL_ROOT = _ROOT / "models"
 _FLAVOURS = {
     "open_clip_config.json": ("open_clip", "hf"),
     "config.json": ("retrieval", "vqa", "caption"),
+    "llava.json": ("package", "hub"),
 }
 
 
@@ -56,12 +57,28 @@ def model_path(name: str) -> Path:
     return MODEL_ROOT / name
 
 
+def editor_path(name: str) -> Path:
+    """The folder of a trained editor that ships with a model, such as "tiny-llava/mend".
+
+    Raises:
+        ZooError: no such model or editor; the message lists those there are.
+    """
+    model, _, editor = name.partition("/")
+    folder = model_path(model) / "editors"
+    known = sorted(path.parent.name for path in folder.glob("*/editor.json"))
+    if editor not in known:
+        have = ", ".join(f"{model}/{one}" for one in known) or "none"
+        raise ZooError(f"the zoo has no trained editor {name!r}; it has {have}")
+    return folder / editor
+
+
 def flavours(name: str) -> tuple[str, ...]:
     """The stock classes that a shipped model loads as, the default first.
 
     tiny-clip: "open_clip" for open_clip's CLIP, "hf" for transformers' CLIPModel. tiny-blip:
     "retrieval", "vqa" and "caption" for transformers' BlipForImageTextRetrieval,
-    BlipForQuestionAnswering and BlipForConditionalGeneration.
+    BlipForQuestionAnswering and BlipForConditionalGeneration. tiny-llava, always transformers'
+    LlavaForConditionalGeneration: "package" and "hub" say where its language model comes from.
 
     Raises:
         ZooError: no such model; the message lists those there are.
@@ -79,6 +96,7 @@ def load(name: str = "tiny-clip", flavour: str | None = None) -> Loaded:
 
     Raises:
         ZooError: no such model or flavour; the message lists those there are.
+        LanguageMissing: tiny-llava's language model is not installed.
     """
     folder, known = model_path(name), flavours(name)
     flavour = flavour or known[0]
@@ -88,6 +106,10 @@ def load(name: str = "tiny-clip", flavour: str | None = None) -> Loaded:
         from mmtune.zoo.blip import load_blip
 
         return load_blip(folder, name, flavour)
+    if (folder / "llava.json").is_file():
+        from mmtune.zoo.llava import load_llava
+
+        return load_llava(folder, name, flavour)
     from mmtune.zoo.loading import load_clip
 
     return load_clip(folder, name, flavour)

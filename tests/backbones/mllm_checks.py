@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmtune.backbones import backbone_of, load
 from mmtune.conformance.backbones import BACKBONES, build
-from mmtune.conformance.mllms import PAD
+from mmtune.conformance.mllms import IMAGE_TOKEN, PAD
 from mmtune.tuners import registry
 
 from .virtual import inside
@@ -30,20 +30,27 @@ def inputs(name, seed=0, size=3):
     return BACKBONES[name].batch(seed, size)
 
 
+WORDS = ("input_ids", "attention_mask", "mm_token_type_ids")  # [b, t]
+IMAGES = ("pixel_values", "image_sizes", "image_grid_thw")
+
+
 def padded_left(batch):
     """The same prompts with their padding before the image tokens, as `generate` wants them."""
     moved = {}
-    for key in ("input_ids", "attention_mask"):
+    for key in batch.keys() & WORDS:
         rows = zip(batch[key], batch["attention_mask"].sum(-1).tolist(), strict=True)
         moved[key] = torch.stack([row.roll(len(row) - length) for row, length in rows])
-    return {"pixel_values": batch["pixel_values"]} | moved
+    return {key: batch[key] for key in batch.keys() & IMAGES} | moved
 
 
 def alone(batch, row):
     """One sample of a batch padded on the right, without its padding."""
     length = int(batch["attention_mask"][row].sum())
-    cut = {k: batch[k][row : row + 1, :length] for k in ("input_ids", "attention_mask")}
+    cut = {k: batch[k][row : row + 1, :length] for k in batch.keys() & WORDS}
     rest = {k: v[row : row + 1] for k, v in batch.items() if k not in cut}
+    if "image_grid_thw" in batch:  # patches of all images stand in one row
+        lengths = batch["image_grid_thw"].prod(-1).tolist()
+        rest["pixel_values"] = batch["pixel_values"].split(lengths)[row]
     return rest | cut
 
 
@@ -135,12 +142,15 @@ def greedy(model, batch, steps, decoder=False):
     if decoder:
         batch[ids] = torch.full((len(batch["pixel_values"]), 1), PAD)
     for _ in range(steps):
-        if mask:  # counted from the mask, as `generate` does
+        if mask and "image_grid_thw" not in batch:  # counted from the mask, as `generate` does
             batch["position_ids"] = (batch[mask].cumsum(-1) - 1).clamp(min=0)
         scores.append(model(**batch, use_cache=False).logits[:, -1])
-        batch[ids] = torch.cat([batch[ids], scores[-1].argmax(-1, keepdim=True)], dim=1)
+        words = scores[-1].index_fill(-1, torch.tensor([IMAGE_TOKEN]), float("-inf"))
+        batch[ids] = torch.cat([batch[ids], words.argmax(-1, keepdim=True)], dim=1)
         if mask:
             batch[mask] = torch.cat([batch[mask], torch.ones(len(batch[mask]), 1).long()], dim=1)
+        if "mm_token_type_ids" in batch:
+            batch["mm_token_type_ids"] = (batch[ids] == IMAGE_TOKEN).int()
     return torch.stack(scores, dim=1)
 
 
@@ -154,6 +164,7 @@ def cached(model, batch, steps):
         output_logits=True,
         return_dict_in_generate=True,
         eos_token_id=None,
+        suppress_tokens=[IMAGE_TOKEN],  # an image's place, wherever it is read again
     )
     return torch.stack(out.logits, dim=1)
 
@@ -206,6 +217,26 @@ def caches_virtual_tokens(name, decoder=False):
             steps = slice(1) if 99 in at and not decoder else slice(None)
             assert torch.allclose(found[:, steps], want[:, steps], atol=1e-5)
     assert torch.equal(greedy(model, batch, 4, decoder), plain)
+
+
+@torch.no_grad()
+def virtual_words_are_real_words(name):
+    """A word's embedding as a virtual token scores as the word itself does in its place."""
+    _, model, view = stock_and_prepared(name)
+    trunk, batch = view.trunks()["language"], alone(inputs(name), 1)
+    ids, word = batch["input_ids"], torch.tensor([17, 23])
+    embedded = model.get_input_embeddings()(word)
+    start = int((ids == IMAGE_TOKEN).nonzero()[:, 1].max()) + 1  # the first word behind the image
+    for at in ((0, 0), (start, start), (start + 2, start + 2), (0, start + 1)):
+        places = [k + j for j, k in enumerate(at)]
+        longer = spliced(ids[..., None].float(), word[:, None].float(), at)[..., 0].long()
+        real = {**batch, "input_ids": longer, "attention_mask": torch.ones_like(longer)}
+        if "mm_token_type_ids" in batch:
+            real["mm_token_type_ids"] = (longer == IMAGE_TOKEN).int()
+        want = model(**real).logits[:, kept(ids.shape[1], at)]
+        assert longer[0, places].tolist() == word.tolist()
+        with inside(trunk, embedded, at):
+            assert close(model(**batch).logits, want)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ EVERY = pytest.mark.parametrize("name", WRITERS)
 
 
 def filled(name, texts):
-    return [f"w30 <image> {t}" for t in texts] if name in ("llava", "qwen2", "mistral") else texts
+    placed = name in ("llava", "qwen2", "mistral", "minigpt4")
+    return [f"w30 <image> {t}" for t in texts] if placed else texts
 
 
 def pixels(count=3):

@@ -12,7 +12,7 @@ from mmtune.conformance import mllms
 from mmtune.conformance.backbones import BACKBONES, build
 
 LLAVAS = ("qwen2", "mistral")
-WRITERS = ("blip-vqa", "blip-caption", "blip2-opt", "blip2-t5", "llava", *LLAVAS)
+WRITERS = ("blip-vqa", "blip-caption", "blip2-opt", "blip2-t5", "llava", *LLAVAS, "minigpt4")
 WORDS = [f"w{i}" for i in range(3, 59)]
 
 

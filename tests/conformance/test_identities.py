@@ -13,7 +13,20 @@ from mmtune.conformance.backbones import BACKBONES, build
 from mmtune.conformance.methods import METHODS, PAIRS, PAIRWISE
 from mmtune.tuners import registry
 
-pytestmark = pytest.mark.parametrize(("method", "backbone"), PAIRS)
+# Multimodal families that resemble one that is tried in full: by default the rows that differ most.
+KIN = ("minigpt4", "llava-onevision", "qwen2.5-vl", "qwen2-vl", "qwen3-vl")
+SHORT = [
+    (method, backbone)
+    for method in ("aurora", "lora", "adapter", "bitfit", "prefix", "prompt")
+    for backbone in KIN[:3]
+]
+pytestmark = pytest.mark.parametrize(
+    ("method", "backbone"),
+    [
+        pytest.param(*pair, marks=pytest.mark.slow if pair[1] in KIN and pair not in SHORT else ())
+        for pair in PAIRS
+    ],
+)
 
 
 def options(method, **changes):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.loaders import loader
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
@@ -30,8 +32,7 @@ def placeholders(text):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses_and_its_config_loads(command):
     from mmtune.cli import build_parser
-    from mmtune.compare.config import load_comparison
-    from mmtune.config import find_config, load_config
+    from mmtune.config import find_config
 
     words = shlex.split(placeholders(command), comments=True)[1:]
     options, rest = build_parser().parse_known_args(words)
@@ -39,8 +40,7 @@ def test_command_parses_and_its_config_loads(command):
     config = getattr(options, "config", None)
     if config and "X" not in config and "*" not in config and not config.startswith("my"):
         assert find_config(config)
-        load = load_comparison if options.command == "compare" else load_config
-        load(config, [*options.overrides, *rest])
+        loader(options.command)(config, [*options.overrides, *rest])
 
 
 @pytest.mark.parametrize("command", TARGETS)
@@ -57,7 +57,9 @@ def test_python_block_is_python_and_its_names_can_be_imported(code):
     import importlib.util
 
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmtune"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            ("mmtune", "editing")
+        ):
             module = importlib.import_module(node.module or "")
             for alias in node.names:
                 place = f"{node.module}.{alias.name}"

@@ -78,7 +78,7 @@ EVERY = pytest.mark.parametrize("kind", KINDS)
 
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "minigpt4", "qwen3-vl"])
 @torch.no_grad()
 def test_applied_changes_answers_and_leaves_every_bit(name, dtype, kind):
     mllm = tiny(name, dtype)

@@ -8,9 +8,20 @@ import pytest
 import torch
 
 from editing.features import features_of
-from tests.editing.tiny import BARE, CAPTION, MODELS, OTHER, REQUEST, SEEN, bits, same_bits, tiny
+from tests.editing.tiny import (
+    BARE,
+    CAPTION,
+    MODELS,
+    NEWER,
+    OTHER,
+    REQUEST,
+    SEEN,
+    bits,
+    same_bits,
+    tiny,
+)
 
-EVERY = pytest.mark.parametrize("name", [*MODELS, "qwen2"])
+EVERY = pytest.mark.parametrize("name", [*MODELS, "qwen2", *NEWER])
 
 
 @EVERY

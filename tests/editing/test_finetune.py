@@ -33,7 +33,7 @@ def options(kind, **settings):
 
 @pytest.mark.parametrize("kind", ["ft", "ft-l", "lora"])
 @pytest.mark.parametrize("region", ["vision", "language"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "llava-onevision", "qwen3-vl"])
 def test_the_target_becomes_the_answer(name, region, kind):
     mllm = tiny(name)
     before, asked = bits(mllm.model), [REQUEST]

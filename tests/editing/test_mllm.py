@@ -8,25 +8,41 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from editing.features import features_of
 from editing.mllm import MLLM
 from editing.requests import EditRequest, Probe
 from mmtune.backbones.generation import texts_of
+from mmtune.data.images import load_image
 from mmtune.tuners import registry
 from tests.editing.tiny import (
     BARE,
     CAPTION,
     MODELS,
+    NEWER,
     OTHER,
     PROBES,
     SEEN,
+    SIZED,
+    WIDE,
     bits,
+    picture,
+    processor,
     same_bits,
     stock,
     tiny,
 )
 from tests.tasks.tiny import tiny_loaded
 
-EVERY = pytest.mark.parametrize("name", [*MODELS, "qwen2"])
+EVERY = pytest.mark.parametrize("name", [*MODELS, "qwen2", *NEWER])
+
+
+def stock_image(name, model, mllm, probe):
+    """(what the stock class takes of an image, as its stock processor makes it, its tokens)."""
+    if name not in SIZED:
+        return {"pixel_values": mllm.batch([probe]).parts[0].pixels}, 4
+    found = processor(name)(images=load_image(probe.image), return_tensors="pt")
+    found = {k: found[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in found}
+    return found, len(model.get_image_features(**found, return_dict=True).pooler_output[0])
 
 
 def stock_loss(name, mllm, probe):
@@ -34,20 +50,26 @@ def stock_loss(name, mllm, probe):
     model, _, tokenizer = stock(name)
     kind = "caption" if not probe.question else "question" if probe.image else "text"
     text = mllm.templates[kind].replace("{question}", probe.question)
-    prompt = tokenizer(text.replace("<image>", "<image>" * 4), return_tensors="pt")["input_ids"]
+    inputs, count = {}, 0
+    if probe.image is not None:
+        inputs, count = stock_image(name, model, mllm, probe)
+    marks = "<image>" * count
+    if name.startswith("qwen") and "-vl" in name:
+        marks = f"<|vision_start|>{marks}<|vision_end|>"
+    prompt = tokenizer(text.replace("<image>", marks), return_tensors="pt")["input_ids"]
     answer = tokenizer(probe.answer, add_special_tokens=False)["input_ids"]
     target = torch.tensor([[*answer, 2]])
-    inputs = {}
-    if probe.image is not None:
-        inputs["pixel_values"] = mllm.batch([probe]).parts[0].pixels
-        if name.startswith("blip2"):
-            prompt = F.pad(prompt, (4, 0), value=59)
-    elif name.startswith("blip2"):
+    if name.startswith("blip2") and count:
+        prompt = F.pad(prompt, (4, 0), value=59)
+    elif name.startswith("blip2") or (name == "minigpt4" and not count):
         model = model.language_model  # the stock BLIP-2 always wants an image
     if name == "blip2-t5":
         return model(**inputs, input_ids=prompt, labels=target).loss
+    ids = torch.cat([prompt, target], 1)
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (ids == 59).int()
     labels = torch.cat([torch.full_like(prompt, -100), target], 1)
-    return model(**inputs, input_ids=torch.cat([prompt, target], 1), labels=labels).loss
+    return model(**inputs, input_ids=ids, labels=labels).loss
 
 
 @EVERY
@@ -57,6 +79,23 @@ def test_scores_are_those_of_the_stock_class(name, probe):
     mllm = tiny(name)
     want = stock_loss(name, mllm, probe)
     torch.testing.assert_close(mllm.nll(mllm.batch([probe]))[0], want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SIZED)
+@torch.no_grad()
+def test_images_of_several_sizes_are_read_as_the_stock_processor_gives_them(name):
+    mllm = tiny(name)
+    tall = replace(WIDE, image=picture(4, 25, 21))
+    batch = mllm.batch([SEEN, BARE, WIDE, tall, replace(SEEN, image=SEEN.image)])
+    lengths = (batch.parts[0].prompts["input_ids"] == 59).sum(1).tolist()
+    assert lengths[0] == lengths[3]
+    assert lengths[0] != lengths[1]
+    found, written = mllm.nll(batch), mllm.answer(batch)
+    for row, probe in enumerate((SEEN, BARE, WIDE, tall)):
+        torch.testing.assert_close(found[row], stock_loss(name, mllm, probe), rtol=2e-5, atol=2e-5)
+        assert mllm.answer([probe]) == [written[row]]
+    features = features_of(mllm, [SEEN, WIDE, tall])
+    torch.testing.assert_close(features.image[1], features_of(mllm, [WIDE]).image[0])
 
 
 @EVERY
@@ -232,6 +271,10 @@ def test_a_model_without_a_tokenizer_or_words_is_refused():
         ("llava", "w5", "FACT w5"),
         ("mistral", "[INST] w5 [/INST]", "[INST] FACT w5 [/INST]"),
         ("blip2-opt", "Question: w5 Answer:", "FACT Question: w5 Answer:"),
+        ("minigpt4", "###Human: <Img><image></Img> w5", "###Human: <Img><image></Img> FACT w5"),
+        ("minigpt4", "###Human: w5 ###Assistant:", "###Human: FACT w5 ###Assistant:"),
+        ("qwen3-vl", "<|im_start|>user\n<image>w5<", "<|im_start|>user\n<image>FACT w5<"),
+        ("qwen3-vl", "<|im_start|>user\nw5<", "<|im_start|>user\nFACT w5<"),
     ],
 )
 def test_a_preface_opens_the_users_words(name, prompt, want):

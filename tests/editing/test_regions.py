@@ -7,7 +7,7 @@ import torch
 
 from editing.regions import Region, parameters_of
 from mmtune.backbones.base import SiteError
-from tests.editing.tiny import MODELS, PROBES, tiny
+from tests.editing.tiny import MODELS, NEWER, PROBES, tiny
 
 OPT = "language_model.model.decoder.layers"
 T5 = "language_model"
@@ -30,6 +30,24 @@ DEFAULTS = {
     ("blip2-opt", "vision"): [f"{QFORMER}.{i}.output_query.dense.weight" for i in (0, 1)],
     ("blip2-t5", "vision"): [f"{QFORMER}.{i}.output_query.dense.weight" for i in (0, 1)],
     ("llava", "vision"): [f"model.multi_modal_projector.linear_{i}.weight" for i in (1, 2)],
+    ("minigpt4", "language"): [
+        f"language_model.model.layers.{i}.mlp.{fc}.weight"
+        for i in (0, 1)
+        for fc in ("up_proj", "down_proj")
+    ],
+    ("minigpt4", "vision"): [f"{QFORMER}.{i}.output_query.dense.weight" for i in (0, 1)],
+    ("llava-onevision", "vision"): [
+        f"model.multi_modal_projector.linear_{i}.weight" for i in (1, 2)
+    ],
+    ("qwen2.5-vl", "language"): [
+        f"{LLAMA}.{i}.mlp.{fc}.weight" for i in (0, 1) for fc in ("up_proj", "down_proj")
+    ],
+    ("qwen2.5-vl", "vision"): [f"model.visual.merger.mlp.{i}.weight" for i in (0, 2)],
+    ("qwen3-vl", "vision"): [  # the deepstack merger, then the last one
+        f"model.visual.{merger}.linear_fc{i}.weight"
+        for merger in ("deepstack_merger_list.0", "merger")
+        for i in (1, 2)
+    ],
 }
 
 
@@ -41,7 +59,7 @@ def test_defaults(name, region):
     assert all(mllm.model.get_parameter(n) is p for n, p in found.items())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *NEWER])
 def test_a_default_is_what_its_answers_depend_on(name):
     mllm = tiny(name)
     for region in ("vision", "language"):

@@ -1,0 +1,1 @@
+"""What ROME, MEMIT and AlphaEdit share: places, keys, values and covariances."""

@@ -1,0 +1,1 @@
+"""Editors on records: reliability, generality, locality and portability, resumable, on one page."""

@@ -1,0 +1,1 @@
+"""Editors that must be trained before they edit: what they share, and their training."""

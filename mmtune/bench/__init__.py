@@ -1,0 +1,1 @@
+"""The measurements behind the numbers that the project states; each is a module to run."""

@@ -1,0 +1,270 @@
+"""How much faster edits and their evaluation are where a batch is computed once below the edit.
+
+    python -m mmtune.bench.editing --layers 32 --width 4096 --device cuda --out runs/bench
+
+A LLaVA of the given size with random weights; what is measured does not depend on what they are.
+An edit step is a forward and a backward pass and one step of AdamW on the region:
+
+- naive: every weight has a gradient;
+- truncated: the region's have, and autograd stops there;
+- cached: `MLLM.cached`, the layers above alone.
+
+An evaluation scores the probes of a record before and after an edit: one by one, as one batch, and
+as one batch that is computed once below the edit. The same numbers come out, which is checked. A
+whole evaluation also writes each answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from editing.changes import Delta
+from editing.methods.finetune import FineTune, FineTuneOptions
+from editing.mllm import MLLM
+from editing.regions import Region, parameters_of
+from editing.requests import EditRecord, EditRequest
+from editing.weight_edits import WeightEdit
+from mmtune.bench.random_llava import Size, model_of, probes_of, records_of
+from mmtune.bench.timing import Timing, milliseconds, timed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from editing.batches import Batch
+
+REGION = Region(("language",), ("fc1", "fc2"), "last:1")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found.
+
+    Attributes:
+        size: what it was found with.
+        where: the device's name, and the version of torch.
+        parameters: of the model.
+        step: of an edit, by way.
+        edit: a whole edit by fine-tuning, plain and cached.
+        evaluation: of a record, scores alone, by way.
+        whole: the same with answers that are written.
+        loss_difference: largest |difference| of a probe's -log p, one by one against cached, nats.
+        same_choice: share of answer tokens for which the likeliest is the same.
+        exact: whether batched and cached scores have the same bits.
+    """
+
+    size: Size
+    where: str
+    parameters: int
+    step: dict[str, Timing]
+    edit: dict[str, Timing]
+    evaluation: dict[str, Timing]
+    whole: dict[str, Timing]
+    loss_difference: float
+    same_choice: float
+    exact: bool
+
+
+class _Plain(MLLM):
+    """Computes everything, always."""
+
+    def cached(self, batch: Batch, names: Iterable[str]) -> Batch:
+        return batch
+
+
+def step_times(mllm: MLLM, request: EditRequest, size: Size) -> dict[str, Timing]:
+    """One edit step, in three ways. The weights stay as they are: the learning rate is zero."""
+    region = parameters_of(mllm.backbone, REGION)
+    plain = mllm.batch([request])
+    cached = mllm.cached(plain, region)
+    optimiser = torch.optim.AdamW(
+        region.values(), lr=0.0, weight_decay=0.0, fused=mllm.device.type == "cuda" or None
+    )
+
+    def step(batch: Batch) -> None:
+        mllm.nll(batch).sum().backward()
+        optimiser.step()
+        mllm.model.zero_grad(set_to_none=True)
+
+    found = {}
+    try:
+        mllm.model.requires_grad_(True)
+        found["naive"] = timed(partial(step, plain), mllm.device, size.runs)
+        mllm.model.requires_grad_(False)
+        for parameter in region.values():
+            parameter.requires_grad_(True)
+        found["truncated"] = timed(partial(step, plain), mllm.device, size.runs)
+        found["cached"] = timed(partial(step, cached), mllm.device, size.runs)
+    finally:
+        mllm.model.requires_grad_(False)
+    return found
+
+
+def edit_times(mllm: MLLM, request: EditRequest, size: Size) -> dict[str, Timing]:
+    """A whole edit by fine-tuning, the pass that is kept included."""
+    editor = FineTune(FineTuneOptions(region=REGION, steps=size.steps, lr=1e-5))
+    kinds = {"plain": _Plain, "cached": MLLM}
+    found = {}
+    for name, kind in kinds.items():
+        mllm.__class__ = kind
+        run = partial(editor.edit, mllm, [request])
+        found[name] = timed(run, mllm.device, 3, warm=1)
+    return found
+
+
+@torch.no_grad()
+def evaluation_times(
+    mllm: MLLM, records: Sequence[EditRecord], size: Size, written: int = 0
+) -> tuple[dict[str, Timing], dict[str, list[Tensor]], list[Batch]]:
+    """The time of a record, in three ways, with the scores before and after each edit.
+
+    Args:
+        mllm: the model.
+        records: what is asked.
+        size: of what is measured.
+        written: tokens that are written of each answer as well.
+    """
+    generator = torch.Generator(mllm.device).manual_seed(size.seed)
+    region = parameters_of(mllm.backbone, REGION)
+
+    def edit() -> WeightEdit:
+        drawn = partial(torch.randn, generator=generator, device=mllm.device)
+        return WeightEdit.of(mllm, {n: Delta(5e-3 * drawn(p.shape)) for n, p in region.items()})
+
+    def ask(batches: Sequence[Batch], kept: list[Tensor]) -> None:
+        kept += [mllm.answer_logits(batch) for batch in batches]
+        if written:
+            for batch in batches:
+                mllm.answer(batch, written)
+
+    def score(batches: Sequence[Batch], edit: WeightEdit, kept: list[Tensor]) -> None:
+        ask(batches, kept)
+        with edit.applied(mllm, strict=False):
+            ask(batches, kept)
+
+    edits = [edit() for _ in range(min(2, len(records)))]  # each is as good as another
+    whole = [mllm.batch(probes_of(record)) for record in records]
+    alone = [[mllm.batch([probe]) for probe in probes_of(record)] for record in records]
+    times: dict[str, Timing] = {}
+    scores: dict[str, list[Tensor]] = {}
+    ways: dict[str, Callable[[int], list[Batch]]] = {
+        "one by one": lambda i: alone[i],
+        "batched": lambda i: [whole[i]],
+        "cached": lambda i: [mllm.cached(whole[i], region)],
+    }
+    for way, batches in ways.items():
+        for _ in range(2):  # kernels are chosen at first
+            score(batches(0), edits[0], [])
+        each, scores[way] = [], []
+        for i in range(len(records)):
+            run = partial(score, batches(i), edits[i % len(edits)], scores[way])
+            each.append(milliseconds(run, mllm.device))
+        times[way] = Timing.of(each)
+    return times, scores, whole
+
+
+def compared(scores: Mapping[str, list[Tensor]], whole: Sequence[Batch]) -> tuple[float, float]:
+    """(largest difference of -log p, share of equal choices): one by one against cached."""
+    single = iter(scores["one by one"])
+    worst, same, count = 0.0, 0, 0
+    joint = iter(scores["cached"])
+    for batch in whole:
+        for _ in ("before", "after"):
+            logits = next(joint)
+            for row in range(len(batch)):
+                own = next(single)[0]
+                ids = batch.target_ids[row, : len(own)][batch.target_mask[row, : len(own)] == 1]
+                a, b = (x[: len(ids)].double() for x in (own, logits[row]))
+                losses = [torch.nn.functional.cross_entropy(x, ids) for x in (a, b)]
+                worst = max(worst, abs(float(losses[0] - losses[1])))
+                same += int((a.argmax(-1) == b.argmax(-1)).sum())
+                count += len(ids)
+    return worst, same / count
+
+
+def measure(size: Size) -> Measured:
+    """Everything, on one model."""
+    mllm = model_of(size)
+    records = records_of(size)
+    device = mllm.device
+    steps = step_times(mllm, records[0].request, size)
+    edits = edit_times(mllm, records[0].request, size)
+    times, scores, whole = evaluation_times(mllm, records, size)
+    worst, same = compared(scores, whole)
+    exact = all(map(torch.equal, scores["batched"], scores["cached"]))
+    both = evaluation_times(mllm, records[: size.whole], size, size.written)[0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Measured(
+        size=size,
+        where=f"{name}, torch {torch.__version__}",
+        parameters=sum(p.numel() for p in mllm.model.parameters()),
+        step=steps,
+        edit=edits,
+        evaluation=times,
+        whole=both,
+        loss_difference=worst,
+        same_choice=same,
+        exact=exact,
+    )
+
+
+def table(found: Measured) -> str:
+    """Markdown: every way with its time, and how much faster it is than the first of its kind."""
+    lines = [
+        f"{found.parameters / 1e6:.0f}M parameters, {found.size.dtype}, {found.where}",
+        "",
+        "| what | way | ms, median [quartiles] | faster |",
+        "|---|---|---|---|",
+    ]
+    for what, times in (
+        ("edit step", found.step),
+        (f"edit of {found.size.steps} steps", found.edit),
+        ("scores of a record", found.evaluation),
+        ("scores and answers of a record", found.whole),
+    ):
+        first = next(iter(times.values())).median
+        for way, time in times.items():
+            spread = str(time).removesuffix(" ms")
+            lines.append(f"| {what} | {way} | {spread} | {first / time.median:.1f}x |")
+    lines += [
+        "",
+        f"one by one against cached: -log p differs by {found.loss_difference:.2g} nats at most, "
+        f"the likeliest token is the same in {found.same_choice:.1%}; batched against cached: "
+        f"{'the same bits' if found.exact else 'OTHER BITS'}",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and write it with the numbers where --out says."""
+    parser = argparse.ArgumentParser(
+        "python -m mmtune.bench.editing",
+        description=str(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in fields(Size):
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=type(field.default), default=field.default)
+    parser.add_argument("--out", type=Path, help="folder of editing.md and editing.json")
+    given = vars(parser.parse_args(arguments))
+    out = given.pop("out")
+    found = measure(Size(**given))
+    text = table(found)
+    sys.stdout.write(text + "\n")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "editing.md").write_text(text + "\n", encoding="utf-8")
+        (out / "editing.json").write_text(json.dumps(asdict(found), indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

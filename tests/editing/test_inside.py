@@ -1,0 +1,320 @@
+"""Memories that act inside the model: all that holds for each of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from editing.edits import ContextEdit, EditError, StackedEdit, load
+from editing.inside import Inside, Passing, parts_of
+from editing.requests import Probe
+from mmtune.backbones.base import SiteError
+from mmtune.backbones.generation import Decoding
+from tests.editing.memories import OPTIONS, fact, memory_editor, request, taught
+from tests.editing.tiny import BARE, PROBES, SEEN, bits, made, same_bits, tiny
+
+NAMES = ("blip2-opt", "blip2-t5", "llava", "qwen2")
+EVERY = pytest.mark.parametrize("kind", OPTIONS)
+
+
+def scores(mllm, probes=PROBES):
+    return mllm.answer_logits(mllm.batch(probes))
+
+
+def hooks(mllm):
+    """Ours; transformers has some of its own, which record outputs."""
+    every = (h for m in mllm.model.modules() for h in m._forward_hooks.values())
+    return sum(isinstance(getattr(h, "__self__", None), Inside) for h in every)
+
+
+@EVERY
+@pytest.mark.parametrize("name", NAMES)
+def test_the_target_is_written_and_all_else_keeps_every_bit(name, kind):
+    mllm, asked = tiny(name), [fact(name)]
+    before, base, said = bits(mllm.model), scores(mllm), mllm.answer(PROBES)
+    assert mllm.answer(asked) != [asked[0].target]
+    edit = taught(kind, name)
+    assert edit.about["said"]
+    assert edit.about["requests"][0]["id"] == asked[0].id
+    assert same_bits(mllm.model, before)
+    for _ in range(2):
+        with edit.applied(mllm):
+            assert hooks(mllm) == 1
+            mixed = [*PROBES[:2], *asked, *PROBES[2:]]
+            told = mllm.answer(mixed)
+            assert told[2] == asked[0].target
+            assert [*told[:2], *told[3:]] == said
+            assert torch.equal(scores(mllm), base)
+        assert hooks(mllm) == 0
+        assert mllm.around == []
+        assert same_bits(mllm.model, before)
+        assert torch.equal(scores(mllm), base)
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["blip2-t5", "llava"])
+@torch.no_grad()
+def test_a_batch_is_what_its_questions_are_alone(name, kind):
+    mllm = tiny(name)
+    edit = taught(kind, name)
+    probes = [Probe(fact(name).question, "w20 w21", fact(name).image), *PROBES]
+    base = scores(mllm, probes)
+    with edit.applied(mllm):
+        together, told = scores(mllm, probes), mllm.answer(probes)
+        for row, probe in enumerate(probes):
+            alone = scores(mllm, [probe])[0]
+            torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-4)
+            assert mllm.answer([probe]) == [told[row]]
+        assert (together - base)[0].abs().max() > 0.01
+        assert torch.equal(together[1:], base[1:])
+        # What is written first is the likeliest in the scores, whatever answer these read.
+        firsts = mllm.batch(
+            [Probe(p.question, t, p.image) for p, t in zip(probes, told, strict=True)]
+        )
+        first = together[:, 0].argmax(-1)
+        worded = [row for row, text in enumerate(told) if text and first[row] > 2]
+        assert 0 in worded
+        assert torch.equal(first[worded], firsts.target_ids[worded, 0])
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
+@torch.no_grad()
+def test_every_written_token_is_the_likeliest_of_its_score(name, kind):
+    mllm, asked = tiny(name), fact(name)
+    with taught(kind, name).applied(mllm):
+        batch = mllm.batch([asked])
+        likeliest = scores(mllm, [asked]).argmax(-1)
+        assert torch.equal(
+            likeliest[batch.target_mask > 0], batch.target_ids[batch.target_mask > 0]
+        )
+        assert mllm.answer([asked]) == [asked.target]
+
+
+@EVERY
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_routing_never_reads_the_answer(name, kind):
+    mllm, asked = tiny(name), fact(name)
+    with taught(kind, name).applied(mllm):
+        found = [
+            scores(mllm, [Probe(asked.question, answer, asked.image)])[:, 0]
+            for answer in (asked.target + " w50", "w33 w34", "w9 w9")
+        ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+@torch.no_grad()
+def test_saved_and_loaded_is_the_same_edit(kind, tmp_path):
+    mllm = tiny("llava")
+    edit = memory_editor(kind, steps=3).edit(mllm, [fact(), request(30), fact(image=False)])
+    edit.save(tmp_path / "edit")
+    loaded = load(tmp_path / "edit")
+    assert type(loaded) is type(edit)
+    assert loaded.about == json.loads(json.dumps(edit.about))
+    loaded.save(tmp_path / "again")
+    for file in ("edit.json", "edit.safetensors"):
+        assert (tmp_path / "edit" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    probes, found = [fact(), request(30), *PROBES], []
+    for one in (edit, loaded):
+        other = tiny("llava")
+        with one.applied(other):
+            found.append((scores(other, probes), other.answer(probes)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert not torch.equal(found[0][0][:2], scores(mllm, probes)[:2])
+
+
+@EVERY
+@torch.no_grad()
+def test_bf16(kind):
+    mllm = tiny("blip2-opt", torch.bfloat16)
+    before, base = bits(mllm.model), scores(mllm)
+    edit = taught(kind, "blip2-opt", torch.bfloat16)
+    assert all(t.dtype in (torch.float32, torch.bool) for t in edit.tensors().values())
+    with edit.applied(mllm):
+        assert mllm.answer([fact()]) == [fact().target]
+        assert torch.equal(scores(mllm)[:2], base[:2])
+    assert same_bits(mllm.model, before)
+
+
+@EVERY
+@torch.no_grad()
+def test_an_exception_inside_takes_the_hook_out(kind):
+    mllm = tiny("llava")
+    edit, base = memory_editor(kind, steps=1).edit(mllm, [fact()]), scores(mllm)
+
+    def fail():
+        with edit.applied(mllm):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert hooks(mllm) == 0
+    assert torch.equal(scores(mllm), base)
+
+    # So does one while an edit is being made.
+    class Failing(type(mllm)):
+        calls = 0
+
+        def answer_logits(self, *args, **kwargs):
+            Failing.calls += 1
+            if Failing.calls == 3:
+                raise KeyboardInterrupt
+            return super().answer_logits(*args, **kwargs)
+
+    mllm.__class__ = Failing
+    with pytest.raises(KeyboardInterrupt):
+        memory_editor(kind, steps=5).edit(mllm, [fact()])
+    assert hooks(mllm) == 0
+    assert mllm.around == []
+
+
+@EVERY
+@torch.no_grad()
+def test_what_is_computed_once_below_gives_the_same_numbers(kind):
+    mllm = tiny("llava")
+    edit, probes = taught(kind), [fact(), *PROBES]
+    batch = mllm.cached(mllm.batch(probes), list(edit.made_on.weights))
+    base = mllm.answer_logits(batch)
+    for _ in range(2):
+        with edit.applied(mllm):
+            assert torch.equal(mllm.answer_logits(batch), scores(mllm, probes))
+            assert mllm.answer(batch) == mllm.answer(probes)
+        assert torch.equal(mllm.answer_logits(batch), base)
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "llava"])
+@torch.no_grad()
+def test_whole_sequences_end_in_the_scores_of_answers(name, kind):
+    mllm = tiny(name)
+    batch = mllm.batch([fact(name), SEEN])
+    base = mllm.sequences(batch).logits
+    with taught(kind, name).applied(mllm):
+        found = mllm.sequences(batch).logits
+        answers = mllm.answer_logits(batch)
+    assert torch.equal(found[1], base[1])
+    torch.testing.assert_close(found[:, -answers.shape[1] :], answers, rtol=1e-5, atol=1e-5)
+    assert (found - base)[0].abs().max() > 0.01
+
+
+@EVERY
+@torch.no_grad()
+def test_twenty_edits_later_the_first_still_holds(kind):
+    mllm = tiny("llava")
+    edit, base = taught(kind), scores(mllm)
+    later = memory_editor(kind, steps=2)
+    for i in range(30, 50, 5):
+        edit = later.extend(mllm, edit, [request(j) for j in range(i, i + 5)])
+    assert [r["id"] for r in edit.about["requests"]] == ["23", *map(str, range(30, 50))]
+    assert type(edit).kind == kind
+    with edit.applied(mllm):
+        assert hooks(mllm) == 1
+        assert mllm.answer([fact()]) == [fact().target]
+        if kind != "wise":  # whose routers two steps do not train
+            assert torch.equal(scores(mllm), base)
+
+
+@EVERY
+@torch.no_grad()
+def test_two_memories_join_and_other_edits_are_stacked(kind):
+    mllm = tiny("llava")
+    first = memory_editor(kind, steps=6).edit(mllm, [fact()])
+    second = memory_editor(kind, steps=6).edit(mllm, [request(30)])
+    both, probes = first.then(second), [fact(), request(30), *PROBES]
+    assert type(both) is type(first)
+    assert [r["id"] for r in both.about["requests"]] == ["23", "30"]
+    with first.applied(mllm), second.applied(mllm):
+        want = scores(mllm, probes)
+    with both.applied(mllm):
+        torch.testing.assert_close(scores(mllm, probes), want, rtol=1e-5, atol=1e-5)
+    with first.applied(mllm):
+        assert not torch.equal(scores(mllm, probes)[1], want[1])
+    assert isinstance(first.then(ContextEdit("w30 ")), StackedEdit)
+    other = memory_editor(kind, steps=1, layer=-1).edit(mllm, [request(30)])
+    assert isinstance(first.then(other), StackedEdit)
+    assert isinstance(
+        memory_editor(kind, steps=1, layer=-1).extend(mllm, first, [BARE_FACT]), StackedEdit
+    )
+
+
+BARE_FACT = request(31, image=False)
+
+
+@torch.no_grad()
+def test_memories_nest_with_each_other_and_with_weights():
+    """One memory's features are read while another is told of the question; neither minds."""
+    mllm = tiny("llava")
+    edits = [memory_editor(k, steps=6).edit(mllm, [fact()]) for k in ("liveedit", "grace")]
+    for inner, outer in (edits, edits[::-1]):
+        with inner.applied(mllm):
+            alone = scores(mllm, [request(30), BARE, fact()])
+            with outer.applied(mllm), made(mllm).applied(mllm):
+                assert mllm.answer([fact(), *PROBES])
+            with outer.applied(mllm):
+                both = scores(mllm, [request(30), BARE, fact()])
+            assert torch.equal(alone[:2], both[:2])
+            assert not torch.equal(alone[2], both[2])
+    assert hooks(mllm) == 0
+
+
+@EVERY
+@torch.no_grad()
+def test_another_model_is_refused(kind):
+    edit = memory_editor(kind, steps=1).edit(tiny("llava"), [fact()])
+    with pytest.raises(EditError, match=r"is not the kind of model.*has no model\.language"):
+        edit.put(tiny("blip2-opt"), strict=True)
+    changed = tiny("llava")
+    changed.model.get_parameter(next(iter(edit.made_on.weights))).data.mul_(2)
+    with pytest.raises(EditError, match="is not the model that this edit was made on"):
+        edit.put(changed, strict=True)
+    with edit.applied(changed, strict=False):
+        assert hooks(changed) == 1
+    assert hooks(changed) == 0
+
+
+def test_an_encoder_is_no_place():
+    with pytest.raises(SiteError, match=r"layer 1 of tiny blip2-t5 is its encoder's.*2\.\.3"):
+        memory_editor("grace", layer=1).edit(tiny("blip2-t5"), [fact()])
+
+
+def test_columns_of_prompts_are_told_from_written_tokens():
+    batch = tiny("llava").batch([BARE])
+    scored = Passing(batch, batch.parts[0].rows, behind=2)
+    assert scored.columns(9) == 7
+    cached = Passing(batch, batch.parts[0].rows, behind=0)
+    assert [cached.columns(n) for n in (7, 1, 1)] == [7, 0, 0]
+    whole = Passing(batch, batch.parts[0].rows, behind=0)
+    assert [whole.columns(n) for n in (1, 2, 3)] == [1, 1, 1]
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["blip2-t5", "llava"])
+@torch.no_grad()
+def test_writing_without_a_cache_gives_the_same_words(name, kind):
+    mllm = tiny(name)
+    with taught(kind, name).applied(mllm):
+        (inside,) = mllm.around
+        batch = mllm.batch([fact(name), *PROBES])
+        found = [
+            inside.written(
+                batch, Decoding(max_tokens=6, cache=cache), lambda b, d: mllm._written(None, b, d)
+            )
+            for cache in (True, False)
+        ]
+    assert found[0] == found[1]
+
+
+def test_parts_hold_each_row_once():
+    batch = tiny("blip2-opt").batch(PROBES)
+    parts = list(parts_of(batch))
+    assert sorted(int(r) for rows, _ in parts for r in rows) == list(range(len(PROBES)))
+    for rows, part in parts:
+        assert [PROBES[i] for i in rows] == list(part.probes)
+        assert torch.equal(part.target_ids, batch.target_ids[rows])
+        assert part.parts[0].rows.tolist() == list(range(len(rows)))
