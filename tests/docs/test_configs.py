@@ -12,15 +12,19 @@ from tests.docs.loaders import WRITERS, loader
 
 # Folders whose configs have another shape are read by the commands that own them.
 OURS = {n: p for n, p in config_names().items() if n.partition("/")[0] in ("demo", "train")}
+EDITS = {
+    n: p for n, p in config_names().items() if p.read_text("utf-8").startswith("# mmtune edit")
+}
+OURS = {n: p for n, p in OURS.items() if n not in EDITS}
 COMPARISONS = {n: p for n, p in OURS.items() if is_comparison(p)}
 RUNS = {n: p for n, p in OURS.items() if n not in COMPARISONS}
-EDITS = {n: p for n, p in config_names().items() if n.startswith("edit")}
 
 
 def test_there_are_shipped_configs():
     assert {"demo/retrieval", "demo/retrieval_lora"} <= set(RUNS)
     assert "demo/compare" in COMPARISONS
     data = {"evqa", "eic", "vlkeb"}
+    assert {"demo/edit", "demo/edit_train_mend", "demo/edit_train_serac"} <= set(EDITS)
     assert {f"edit/{d}_{m}" for d in data for m in ("llava", "blip2")} <= set(EDITS)
 
 
