@@ -82,7 +82,8 @@ def test_trunks_are_where_they_say(name):
     view.prepare()
     towers = BACKBONES[name].towers
     trunks = view.trunks()
-    assert set(trunks) == {b for b, tower in towers.items() if "q" in tower.roles}
+    entered = {b for b, tower in towers.items() if "q" in tower.roles and b not in view.packed}
+    assert set(trunks) == entered  # virtual tokens cannot enter a branch that packs its samples
     for branch, trunk in trunks.items():
         assert trunk.branch == branch
         assert view.model.get_submodule(trunk.path) is trunk.module
