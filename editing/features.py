@@ -31,7 +31,9 @@ class Features:
 
 
 @torch.no_grad()
-def features_of(mllm: MLLM, asked: Sequence[Probe | EditRequest], size: int = 16) -> Features:
+def features_of(
+    mllm: MLLM, asked: Sequence[Probe | EditRequest], size: int = 16, normed: bool = False
+) -> Features:
     """Read each question without its image and without a template, and each image by itself.
 
     No answer is read: what a memory knows of a question is what a user types and shows. Edits that
@@ -41,25 +43,33 @@ def features_of(mllm: MLLM, asked: Sequence[Probe | EditRequest], size: int = 16
         mllm: the model.
         asked: probes or requests.
         size: probes computed at once.
+        normed: give every token's state mean 0 and length 1 (times the root of d) before the mean.
+            Trained language models have states, the first token's above all, that are hundreds of
+            times as long as others: without, the means of any two questions are parallel.
     """
-    parts = [_features(mllm, asked[i : i + size]) for i in range(0, len(asked), size)]
+    parts = [_features(mllm, asked[i : i + size], normed) for i in range(0, len(asked), size)]
     columns = zip(*((f.words, f.image, f.seen) for f in parts), strict=True)
     return Features(*(torch.cat(column) for column in columns))
 
 
-def _features(mllm: MLLM, asked: Sequence[Probe | EditRequest]) -> Features:
-    words = _question_states(mllm, [one.question for one in asked])
+def _features(mllm: MLLM, asked: Sequence[Probe | EditRequest], normed: bool) -> Features:
+    words = _question_states(mllm, [one.question for one in asked], normed)
     image = torch.zeros_like(words)
     rows = [i for i, one in enumerate(asked) if one.image is not None]
     if rows:
         pixels = mllm.pixels([one.image for one in asked if one.image is not None])
         tokens = mllm.backbone.image_tokens(mllm.model, **pixels)
-        image[rows] = torch.stack([t.float().mean(0) for t in tokens])
+        image[rows] = torch.stack([_of_token(t, normed).mean(0) for t in tokens])
     seen = torch.tensor([one.image is not None for one in asked], device=mllm.device)
     return Features(words, image, seen)
 
 
-def _question_states(mllm: MLLM, questions: Sequence[str]) -> Tensor:
+def _of_token(states: Tensor, normed: bool) -> Tensor:
+    states = states.float()
+    return nn.functional.layer_norm(states, states.shape[-1:]) if normed else states
+
+
+def _question_states(mllm: MLLM, questions: Sequence[str], normed: bool) -> Tensor:
     """[n, d]; zero for an empty question."""
     view, stock = mllm.backbone, mllm.model
     path = view.trunks()["language"].path
@@ -79,5 +89,5 @@ def _question_states(mllm: MLLM, questions: Sequence[str]) -> Tensor:
     finally:
         handle.remove()
     mask = context["mask"][..., None].float()
-    means = (found[0].float() * mask).sum(1) / mask.sum(1)
+    means = (_of_token(found[0], normed) * mask).sum(1) / mask.sum(1)
     return means * torch.tensor([[float(bool(q))] for q in questions], device=means.device)

@@ -55,7 +55,8 @@ class LiveEditOptions:
             at 68 % of its depth.
         rank: of an expert.
         image_above: cosine of two images' features from which they count as about the same.
-        words_above: the same of two questions' words.
+        words_above: the same of two questions' words, where the images are about the same.
+        alone_above: the same for an edit without an image, which nothing else keeps to itself.
         temperature: of the softmax over the cosines of words; small ones let the nearest win.
         experts: mixed for one question at most.
         steps: of Adam at most.
@@ -67,8 +68,9 @@ class LiveEditOptions:
 
     layer: int | None = None
     rank: Count = 4
-    image_above: Cosine = 0.95
+    image_above: Cosine = 0.99
     words_above: Cosine = 0.8
+    alone_above: Cosine = 0.98
     temperature: Positive = 0.02
     experts: Count = 4
     steps: Count = 50
@@ -91,6 +93,7 @@ class Router:
 
     image_above: float
     words_above: float
+    alone_above: float
     temperature: float
     experts: int
 
@@ -105,8 +108,8 @@ class Router:
         images = _cosines(asked.image, stored.image)
         # Questions without words (captions) are alike.
         words = torch.where((asked.words == 0).all(1)[:, None], _no_words(stored), words)
-        about = asked.seen[:, None] & (images >= self.image_above)
-        fits = (about | ~stored.seen) & (words >= self.words_above)
+        about = asked.seen[:, None] & (images >= self.image_above) & (words >= self.words_above)
+        fits = torch.where(stored.seen, about, words >= self.alone_above)
         found = words.masked_fill(~fits, -torch.inf).topk(min(self.experts, words.shape[1]))
         weights = (found.values / self.temperature).softmax(1).nan_to_num(0.0)
         return found.indices, weights
@@ -146,7 +149,7 @@ class _Acting(Acting):
         if not len(self.stored.words):
             return
         with asleep(self.mllm):
-            asked = features_of(self.mllm, passing.batch.probes)
+            asked = features_of(self.mllm, passing.batch.probes, normed=True)
         index, weights = self.router.mixture(asked, self.stored)
         if weights.any():
             passing.route = index, weights
@@ -263,7 +266,7 @@ class LiveEditor(GrowingEditor):
         nothing = torch.zeros(0, self.settings.rank, site.width)
         features = Features(nothing[:, 0], nothing[:, 0], torch.zeros(0, dtype=torch.bool))
         s = self.settings
-        router = Router(s.image_above, s.words_above, s.temperature, s.experts)
+        router = Router(s.image_above, s.words_above, s.alone_above, s.temperature, s.experts)
         made_on = fingerprint(mllm, _weight(mllm, site.path))
         experts = Experts(nothing, nothing)
         return LiveEdit(site.path, experts, Memory((), features), router, made_on)
@@ -278,7 +281,7 @@ class LiveEditor(GrowingEditor):
         if not isinstance(edit, LiveEdit):
             raise TypeError(f"expected experts to go on from, got a {edit.kind} edit")
         with asleep(mllm):
-            features = on(features_of(mllm, requests), torch.device("cpu"))
+            features = on(features_of(mllm, requests, normed=True), torch.device("cpu"))
         every, n = Memory(tuple(Fact(r.question) for r in requests), features), len(requests)
         rows = [i for i in range(n) if not every.repeated(i, every, range(i + 1, n))]
         asked = [requests[i] for i in rows]

@@ -32,11 +32,15 @@ OPTIONS = {
         certainty=0.0,
     ),
     "liveedit": LiveEditOptions(
-        image_above=0.99999, words_above=0.99, steps=80, lr=0.1, certainty=0.0
+        image_above=0.99999, words_above=0.99, alone_above=0.99, steps=80, lr=0.1, certainty=0.0
     ),
 }
-WORDS = {"qwen2": 41}  # what a tiny model can be brought to say; 23 in other models
-LOUD = {"llava": 0.5, "qwen2": 0.5}  # learning rate of WISE; gated MLPs have small activations
+WORDS = dict.fromkeys(
+    ("qwen2", "qwen3-vl", "minigpt4"), 41
+)  # what a tiny model can be brought to say; 23 in other models
+LOUD = dict.fromkeys(
+    ("llava", "qwen2", "minigpt4"), 0.5
+)  # learning rate of WISE; gated MLPs have small activations
 
 
 def request(i, image=True):

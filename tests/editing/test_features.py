@@ -58,3 +58,18 @@ def test_the_answer_is_not_read(name):
     one, other = features_of(mllm, [SEEN]), features_of(mllm, [replace(SEEN, answer="w30")])
     assert torch.equal(one.words, other.words)
     assert torch.equal(one.image, other.image)
+
+
+def test_normed_features_do_not_follow_one_long_state():
+    """As in trained models: a state of one token is a thousand times as long as the others."""
+    mllm = tiny("llava")
+    asked = [SEEN, BARE]
+    plain = features_of(mllm, asked, normed=True)
+    with torch.no_grad():  # the token that begins every prompt
+        mllm.model.get_input_embeddings().weight[1].mul_(1e5)
+    cosine = torch.nn.functional.cosine_similarity
+    raw, normed = features_of(mllm, asked), features_of(mllm, asked, normed=True)
+    assert float(cosine(*raw.words, dim=0)) > 0.9999
+    assert float(cosine(*normed.words, dim=0)) < 0.9
+    assert torch.equal(normed.image, plain.image)
+    torch.testing.assert_close(normed.image[0].mean(), torch.tensor(0.0), rtol=0, atol=1e-5)

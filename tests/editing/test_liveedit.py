@@ -14,7 +14,7 @@ from editing.requests import EditRequest, Probe
 from tests.editing.memories import fact, memory_editor, request, taught
 from tests.editing.tiny import PROBES, drawn, tiny
 
-ROUTER = Router(image_above=0.9, words_above=0.5, temperature=0.1, experts=2)
+ROUTER = Router(image_above=0.9, words_above=0.5, alone_above=0.9, temperature=0.1, experts=2)
 
 
 def features(words, images):
@@ -41,6 +41,7 @@ def test_images_filter_and_words_mix():
     assert mixed([0.0, 1.0], [0.0, 1.0]) == {2: 1.0}
     assert mixed([1.0, 0.0], None) == {3: 1.0}
     assert mixed([0.0, 1.0], None) == {}
+    assert mixed([0.8, 0.6], None) == {}  # alike to 0.8, which is not enough for words alone
     assert mixed([-1.0, 0.0], [1.0, 0.0]) == {}
     two = features([[1.0, 0.0], [0.8, 0.6]], [[1.0, 0.0], [1.0, 0.0]])
     _, weights = ROUTER.mixture(features([[1.0, 0.0]], [[1.0, 0.0]]), two)
