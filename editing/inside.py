@@ -59,6 +59,23 @@ class Passing:
         # One token at a time goes on from a cache; without a cache everything is read again.
         return 0 if length == 1 else self.prompt
 
+    def places(self, count: int) -> list[int]:
+        """For each question, which of the `count` rows that pass now is its own.
+
+        What sees images may see one once that several questions are about. Raises EditError where
+        rows are neither questions nor images.
+        """
+        images = self.batch.parts[0].images or tuple(range(len(self.batch)))
+        distinct = list(dict.fromkeys(images))
+        if count == len(images):
+            return list(range(count))
+        if count != len(distinct):
+            raise EditError(
+                f"{len(images)} questions about {len(distinct)} images pass as {count} rows: a "
+                "memory cannot tell which are whose there; choose another place"
+            )
+        return [distinct.index(image) for image in images]
+
     def tokens(self, columns: int, causal: bool) -> Tensor:
         """[k, columns] bool, whether a column of a prompt holds a token, not padding.
 
@@ -152,8 +169,8 @@ class Inside(Interceptor):
         if self.passing is None:
             return None
         first = output[0] if isinstance(output, tuple) else output
-        rows = len(self.passing.batch)
         # OPT's MLP reads the tokens of all rows in one line.
+        rows = len(first) if first.dim() == 3 else len(self.passing.batch)
         x, y = (t.reshape(rows, -1, t.shape[-1]) for t in (args[0], first))
         new = self.acting.output(self.passing, x, y)
         if new is None:

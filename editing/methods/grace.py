@@ -133,7 +133,10 @@ class _Fitting(_Acting):
         self.fitted, self.owner = fitted, owner
 
     def values(self, passing: Passing, queries: Tensor) -> tuple[Tensor, Tensor]:
-        own = self.fitted[self.owner[passing.rows]]
+        places = passing.places(len(queries))
+        # Questions about one image have one key, so one entry: the first stands for all.
+        asking = passing.rows[[places.index(row) for row in range(len(queries))]]
+        own = self.fitted[self.owner[asking]]
         return own, torch.ones(len(own), dtype=torch.bool, device=own.device)
 
 
@@ -146,9 +149,9 @@ class _Reading(Acting):
 
     def output(self, passing: Passing, x: Tensor, y: Tensor) -> None:
         columns = passing.columns(x.shape[1])
-        both = zip(self.place.query(x, columns), self.place.query(y, columns), strict=True)
-        for row, found in zip(passing.rows.tolist(), both, strict=True):
-            self.found[row] = found
+        keys, own = self.place.query(x, columns), self.place.query(y, columns)
+        for row, place in zip(passing.rows.tolist(), passing.places(len(x)), strict=True):
+            self.found[row] = keys[place], own[place]
 
 
 class GraceEdit(InsideEdit):

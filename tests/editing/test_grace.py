@@ -116,6 +116,27 @@ def test_defaults_are_the_released_ones():
     assert (options.radius, options.lr, options.steps) == (1.0, 1.0, 100)
 
 
+@pytest.mark.parametrize("name", ["blip2-opt", "llava"])
+@torch.no_grad()
+def test_a_vision_edit_of_several_questions_about_one_image(name):
+    """The projector sees the image once."""
+    mllm, asked = tiny(name), {"blip2-opt": request(41), "llava": request(47)}[name]
+    again = EditRequest("w11 w12", asked.target, asked.image)
+    grace = memory_editor("grace", region="vision", steps=3)
+    edit = grace.edit(mllm, [again, request(30), asked])
+    assert edit.book.labels == (asked.target, "w30")
+    assert torch.equal(edit.book.keys[0], grace.edit(mllm, [asked]).book.keys[0])
+    probes = [asked, SEEN, again, request(30), BARE]
+    with edit.applied(mllm):
+        together = mllm.answer_logits(mllm.batch(probes))
+        for row, probe in enumerate(probes):
+            alone = mllm.answer_logits(mllm.batch([probe]))[0]
+            torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-4)
+    base = mllm.answer_logits(mllm.batch(probes))
+    changed = [not torch.equal(a, b) for a, b in zip(together, base, strict=True)]
+    assert changed == [True, False, True, True, False]
+
+
 def test_images_in_pieces_are_no_keys():
     with pytest.raises(SiteError, match=r"reads images in pieces.*use region: language"):
         memory_editor("grace", region="vision").edit(tiny("llava-onevision"), [fact()])

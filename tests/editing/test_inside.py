@@ -25,6 +25,10 @@ def scores(mllm, probes=PROBES):
     return mllm.answer_logits(mllm.batch(probes))
 
 
+def told(mllm, asked):
+    return mllm.answer(asked, max_tokens=4)
+
+
 def hooks(mllm):
     """Ours; transformers has some of its own, which record outputs."""
     every = (h for m in mllm.model.modules() for h in m._forward_hooks.values())
@@ -34,8 +38,8 @@ def hooks(mllm):
 @pytest.mark.parametrize(("name", "kind"), FOUND)
 def test_the_target_is_written_and_all_else_keeps_every_bit(name, kind):
     mllm, asked = tiny(name), [fact(name)]
-    before, base, said = bits(mllm.model), scores(mllm), mllm.answer(PROBES)
-    assert mllm.answer(asked) != [asked[0].target]
+    before, base, said = bits(mllm.model), scores(mllm), told(mllm, PROBES)
+    assert told(mllm, asked) != [asked[0].target]
     edit = taught(kind, name)
     assert edit.about["said"]
     assert edit.about["requests"][0]["id"] == asked[0].id
@@ -44,9 +48,9 @@ def test_the_target_is_written_and_all_else_keeps_every_bit(name, kind):
         with edit.applied(mllm):
             assert hooks(mllm) == 1
             mixed = [*PROBES[:2], *asked, *PROBES[2:]]
-            told = mllm.answer(mixed)
-            assert told[2] == asked[0].target
-            assert [*told[:2], *told[3:]] == said
+            answers = told(mllm, mixed)
+            assert answers[2] == asked[0].target
+            assert [*answers[:2], *answers[3:]] == said
             assert torch.equal(scores(mllm), base)
         assert hooks(mllm) == 0
         assert mllm.around == []
@@ -63,19 +67,19 @@ def test_a_batch_is_what_its_questions_are_alone(name, kind):
     probes = [Probe(fact(name).question, "w20 w21", fact(name).image), *PROBES]
     base = scores(mllm, probes)
     with edit.applied(mllm):
-        together, told = scores(mllm, probes), mllm.answer(probes)
+        together, answers = scores(mllm, probes), told(mllm, probes)
         for row, probe in enumerate(probes):
             alone = scores(mllm, [probe])[0]
             torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-4)
-            assert mllm.answer([probe]) == [told[row]]
+            assert told(mllm, [probe]) == [answers[row]]
         assert (together - base)[0].abs().max() > 0.01
         assert torch.equal(together[1:], base[1:])
         # What is written first is the likeliest in the scores, whatever answer these read.
         firsts = mllm.batch(
-            [Probe(p.question, t, p.image) for p, t in zip(probes, told, strict=True)]
+            [Probe(p.question, t, p.image) for p, t in zip(probes, answers, strict=True)]
         )
         first = together[:, 0].argmax(-1)
-        worded = [row for row, text in enumerate(told) if text and first[row] > 2]
+        worded = [row for row, text in enumerate(answers) if text and first[row] > 2]
         assert 0 in worded
         assert torch.equal(first[worded], firsts.target_ids[worded, 0])
 
@@ -91,7 +95,7 @@ def test_every_written_token_is_the_likeliest_of_its_score(name, kind):
         assert torch.equal(
             likeliest[batch.target_mask > 0], batch.target_ids[batch.target_mask > 0]
         )
-        assert mllm.answer([asked]) == [asked.target]
+        assert told(mllm, [asked]) == [asked.target]
 
 
 @EVERY
@@ -124,7 +128,7 @@ def test_saved_and_loaded_is_the_same_edit(kind, tmp_path):
     for one in (edit, loaded):
         other = tiny("llava")
         with one.applied(other):
-            found.append((scores(other, probes), other.answer(probes)))
+            found.append((scores(other, probes), told(other, probes)))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
     assert not torch.equal(found[0][0][:2], scores(mllm, probes)[:2])
@@ -138,7 +142,7 @@ def test_bf16(kind):
     edit = taught(kind, "blip2-opt", torch.bfloat16)
     assert all(t.dtype in (torch.float32, torch.bool) for t in edit.tensors().values())
     with edit.applied(mllm):
-        assert mllm.answer([fact()]) == [fact().target]
+        assert told(mllm, [fact()]) == [fact().target]
         assert torch.equal(scores(mllm)[:2], base[:2])
     assert same_bits(mllm.model, before)
 
@@ -185,7 +189,7 @@ def test_what_is_computed_once_below_gives_the_same_numbers(kind):
     for _ in range(2):
         with edit.applied(mllm):
             assert torch.equal(mllm.answer_logits(batch), scores(mllm, probes))
-            assert mllm.answer(batch) == mllm.answer(probes)
+            assert told(mllm, batch) == told(mllm, probes)
         assert torch.equal(mllm.answer_logits(batch), base)
 
 
@@ -216,7 +220,7 @@ def test_twenty_edits_later_the_first_still_holds(kind):
     assert type(edit).kind == kind
     with edit.applied(mllm):
         assert hooks(mllm) == 1
-        assert mllm.answer([fact()]) == [fact().target]
+        assert told(mllm, [fact()]) == [fact().target]
         if kind != "wise":  # whose routers two steps do not train
             assert torch.equal(scores(mllm), base)
 
@@ -256,7 +260,7 @@ def test_memories_nest_with_each_other_and_with_weights():
         with inner.applied(mllm):
             alone = scores(mllm, [request(30), BARE, fact()])
             with outer.applied(mllm), made(mllm).applied(mllm):
-                assert mllm.answer([fact(), *PROBES])
+                assert told(mllm, [fact(), *PROBES])
             with outer.applied(mllm):
                 both = scores(mllm, [request(30), BARE, fact()])
             assert torch.equal(alone[:2], both[:2])
@@ -309,6 +313,15 @@ def test_writing_without_a_cache_gives_the_same_words(name, kind):
             for cache in (True, False)
         ]
     assert found[0] == found[1]
+
+
+def test_rows_of_images_are_told_from_rows_of_questions():
+    batch = tiny("llava").batch([SEEN, PROBES[2], Probe("w6", "w5", SEEN.image)])
+    passing = Passing(batch, batch.parts[0].rows, behind=0)
+    assert passing.places(3) == [0, 1, 2]
+    assert passing.places(2) == [0, 1, 0]
+    with pytest.raises(EditError, match="3 questions about 2 images pass as 8 rows"):
+        passing.places(8)
 
 
 def test_parts_hold_each_row_once():
