@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
 
 from editing.metrics.definitions import Compat
-from mmtune.config import check_keys, check_name, checked, plain, read_config
+from mmtune.config import check_name, checked, name_of, plain, read_config, section
 from mmtune.data.options import OnError
 from mmtune.suggestions import did_you_mean
 from mmtune.yaml_source import ConfigError, YamlSource, listed
@@ -141,11 +140,9 @@ def load_edit_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()
     """
     source = read_config(name, overrides)
     raw = source.values
-    check_keys(source, raw, SECTIONS)
-    run_name = raw.get("name", Path(source.path).stem)
-    check_name(source, ("name",), run_name)
+    run_name = name_of(source, SECTIONS)
     found = EditConfig(
-        name=str(run_name),
+        name=run_name,
         seed=checked(source, ("seed",), Seed, raw.get("seed", 0)),
         model=section(source, "model", EditModelOptions),
         data=section(source, "data", EditDataOptions),
@@ -156,12 +153,6 @@ def load_edit_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()
     if source.mistakes:
         raise ConfigError(source.mistakes)
     return found
-
-
-def section(source: YamlSource, name: str, kind: type) -> Any:
-    """A section that is a mapping checked by one dataclass; an absent one takes the defaults."""
-    raw = source.values.get(name)
-    return checked(source, (name,), kind, {} if raw is None else raw)
 
 
 def row_of(source: YamlSource, at: tuple[str, ...], raw: Any) -> EditorRow | None:

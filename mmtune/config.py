@@ -180,19 +180,17 @@ def read_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 def resolve(source: YamlSource) -> RunConfig:
     """The run that raw values mean. Mistakes go to the source; what they concern is None."""
     raw = source.values
-    check_keys(source, raw, SECTIONS)
-    run_name = raw.get("name") if "name" in raw else Path(source.path).stem
-    check_name(source, ("name",), run_name)
+    name = name_of(source, SECTIONS)
     seed = checked(source, ("seed",), Annotated[int, Field(ge=0)], raw.get("seed", 0))
-    model = _section(source, "model", ModelOptions)
-    training = _section(source, "training", TrainingOptions)
+    model = section(source, "model", ModelOptions)
+    training = section(source, "training", TrainingOptions)
     task, task_options = _chosen(source, "task", "name", _task_options)
     method, tuner_options = _chosen(source, "tuner", "method", _method_options)
     from mmtune.data import DataOptions
 
-    data = _section(source, "data", DataOptions)
+    data = section(source, "data", DataOptions)
     return RunConfig(
-        name=str(run_name),
+        name=name,
         seed=seed,
         model=model,
         task=task,
@@ -212,6 +210,14 @@ def check_keys(
     for key in raw:
         if key not in names:
             source.add((*at, key), _unknown(raw[key], names, str(key)))
+
+
+def name_of(source: YamlSource, sections: Sequence[str]) -> str:
+    """What a config with these sections is called: the name in it, or that of its file."""
+    check_keys(source, source.values, sections)
+    name = source.values.get("name", Path(source.path).stem)
+    check_name(source, ("name",), name)
+    return str(name)
 
 
 def check_name(source: YamlSource, at: Key, name: Any) -> None:
@@ -266,7 +272,7 @@ def _chosen(source: YamlSource, section: str, chooser: str, options_of: Any) -> 
     return raw[chooser], checked(source, (section,), options, rest, (chooser,))
 
 
-def _section(source: YamlSource, name: str, cls: type) -> Any:
+def section(source: YamlSource, name: str, cls: type) -> Any:
     """A section that is a mapping checked by one dataclass; an absent one takes the defaults."""
     raw = source.values.get(name)
     return checked(source, (name,), cls, {} if raw is None else raw)

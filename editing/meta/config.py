@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from editing.config import Count, EditDataOptions, EditModelOptions, Seed, section
-from mmtune.config import check_keys, check_name, checked, plain, read_config
+from editing.config import Count, EditDataOptions, EditModelOptions, Seed
+from mmtune.config import checked, name_of, plain, read_config, section
 from mmtune.suggestions import did_you_mean
 from mmtune.yaml_source import ConfigError, YamlSource, listed
 
@@ -98,12 +97,10 @@ def load_meta_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()
     """
     source = read_config(name, overrides)
     raw = source.values
-    check_keys(source, raw, SECTIONS)
-    run_name = raw.get("name", Path(source.path).stem)
-    check_name(source, ("name",), run_name)
+    run_name = name_of(source, SECTIONS)
     editor, options = _editor(source)
     found = MetaConfig(
-        name=str(run_name),
+        name=run_name,
         seed=checked(source, ("seed",), Seed, raw.get("seed", 0)),
         model=section(source, "model", EditModelOptions),
         data=section(source, "data", MetaDataOptions),

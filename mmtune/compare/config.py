@@ -15,6 +15,7 @@ from mmtune.config import (
     check_keys,
     check_name,
     checked,
+    name_of,
     read_config,
     resolve,
 )
@@ -145,9 +146,7 @@ def load_comparison(name: str | os.PathLike[str], overrides: Iterable[str] = ())
     """
     source = read_config(name, overrides)
     raw = source.values
-    check_keys(source, raw, SECTIONS)
-    run_name = raw.get("name", Path(source.path).stem)
-    check_name(source, ("name",), run_name)
+    run_name = name_of(source, SECTIONS)
     seeds = checked(source, ("seeds",), list[Seed], raw.get("seeds", [0]))
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
         source.add(("seeds",), f"expected different whole numbers, got {seeds!r}. Try [0, 1, 2].")
@@ -162,7 +161,7 @@ def load_comparison(name: str | os.PathLike[str], overrides: Iterable[str] = ())
         _require_split(source, role)
     if source.mistakes:
         raise ConfigError(source.mistakes)
-    return CompareConfig(str(run_name), seeds or [], metrics, methods, search, raw, source.path)
+    return CompareConfig(run_name, seeds or [], metrics, methods, search, raw, source.path)
 
 
 class _RunSource(YamlSource):
