@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field
 
 from editing.metrics.definitions import Compat
+from editing.ranges import Count, Seed
 from mmtune.config import check_name, checked, name_of, plain, read_config, section
 from mmtune.data.options import OnError
 from mmtune.suggestions import did_you_mean
@@ -19,9 +20,6 @@ from mmtune.yaml_source import ConfigError, YamlSource, listed
 SECTIONS = ("name", "seed", "model", "data", "protocol", "editors")
 UNEDITED = "unedited"  # the row of the model as it is
 COUNTS = (1, 10, 100)
-
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmtune.backbones.generation import log_probabilities
@@ -24,12 +23,7 @@ if TYPE_CHECKING:
     from editing.mllm import MLLM
     from editing.requests import EditRequest
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Certainty = Annotated[float, Field(ge=0, lt=1)]
 Item = TypeVar("Item")
-Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
 @dataclass(frozen=True)

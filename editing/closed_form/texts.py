@@ -14,6 +14,7 @@ from torch import Tensor
 
 from editing.batches import Batch, Part
 from editing.datasets import read_records
+from editing.ranges import Count
 from editing.requests import EditRecord, Probe
 from mmtune.backbones.generation import padded
 from mmtune.runs import sha256
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 # whose contexts begin so.
 STARTS = ("The", "Therefore", "Because", "I", "You")
 WORDS = 128  # of a text that are read together, or a quarter of the positions that a model has
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class CovarianceError(ValueError):

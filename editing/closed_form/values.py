@@ -25,6 +25,7 @@ from torch import Tensor
 from editing.batches import Interceptor
 from editing.closed_form.places import Place, columns_of, index_of, stack_of, tapped
 from editing.edits import intercept
+from editing.ranges import NotNegative, Positive
 from editing.requests import EditRequest, Probe
 from mmtune.backbones.generation import log_probabilities
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from mmtune.backbones.base import Site
 
 CONTEXT = "context"  # the field of a probe that holds the text to be put in front of it
-
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)

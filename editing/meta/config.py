@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from editing.config import Count, EditDataOptions, EditModelOptions, Seed
+from editing.config import EditDataOptions, EditModelOptions
+from editing.ranges import Count, Seed
 from mmtune.config import checked, name_of, plain, read_config, section
 from mmtune.suggestions import did_you_mean
 from mmtune.yaml_source import ConfigError, YamlSource, listed

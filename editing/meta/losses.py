@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from editing.batches import probe_of
 from editing.metrics.locality import kl
+from editing.ranges import NotNegative
 
 if TYPE_CHECKING:
     from editing.mllm import MLLM
     from editing.requests import EditRecord, Probe
-
-Weight = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,11 @@ class LossWeights:
         image_locality: the same for questions about other images.
     """
 
-    edit: Weight = 0.1
-    text_generality: Weight = 0.1
-    image_generality: Weight = 0.1
-    text_locality: Weight = 1.0
-    image_locality: Weight = 1.0
+    edit: NotNegative = 0.1
+    text_generality: NotNegative = 0.1
+    image_generality: NotNegative = 0.1
+    text_locality: NotNegative = 1.0
+    image_locality: NotNegative = 1.0
 
     def __post_init__(self) -> None:
         if not any(getattr(self, kind) for kind in (*CHANGED, *KEPT)):

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from editing.changes import Change
-from editing.closed_form.values import Positive
 from editing.edits import Edit, applied_to
 from editing.fingerprints import Fingerprint
 from editing.methods.memit import Spread, SpreadOptions
+from editing.ranges import Positive
 from editing.weight_edits import WeightEdit
 
 if TYPE_CHECKING:

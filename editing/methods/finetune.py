@@ -17,6 +17,7 @@ from torch import Tensor
 
 from editing.changes import Change, Delta, LowRank, exact_dtype
 from editing.methods.base import Editor
+from editing.ranges import Count, Positive
 from editing.regions import Region, RegionName, parameters_of
 from editing.weight_edits import WeightEdit
 from mmtune.backbones.base import SiteError
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from editing.mllm import MLLM
     from editing.requests import EditRequest
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 Leaves = tuple[Tensor, ...]  # what is trained in place of one parameter
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from editing.edits import joined
 from editing.fingerprints import Fingerprint
-from editing.fitting import Certainty, Count, Positive, Stopping, chunks, fit, says
+from editing.fitting import Stopping, chunks, fit, says
 from editing.inside import Acting, InsideEdit, Passing, acting_in, fingerprint, language_site
 from editing.methods.grace_codebook import Codebook
 from editing.methods.growing import GrowingEditor
+from editing.ranges import Certainty, Count, Positive
 from editing.regions import RegionName
 from editing.requests import Probe
 from mmtune.backbones.base import SiteError

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -16,13 +15,11 @@ from editing.changes import Change, LowRank
 from editing.features import features_of
 from editing.meta.gradients import gradient_rows
 from editing.meta.weights import TrainedWeightEditor, TrainedWeightOptions
+from editing.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from editing.mllm import MLLM
     from editing.requests import EditRequest
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)

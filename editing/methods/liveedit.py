@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from editing.edits import joined
 from editing.features import Features, features_of
 from editing.fingerprints import Fingerprint
-from editing.fitting import Certainty, Cosine, Count, Positive, Stopping, chunks, fit, says
+from editing.fitting import Stopping, chunks, fit, says
 from editing.inside import (
     Acting,
     InsideEdit,
@@ -37,6 +37,7 @@ from editing.inside import (
 )
 from editing.methods.growing import GrowingEditor
 from editing.methods.memory import Memory, on
+from editing.ranges import Certainty, Cosine, Count, Positive
 
 if TYPE_CHECKING:
     from editing.edits import Edit

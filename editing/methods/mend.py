@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from editing.changes import Change, LowRank
@@ -19,13 +18,11 @@ from editing.methods.mend_transform import (
     TransformOptions,
     update_factors,
 )
+from editing.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from editing.mllm import MLLM
     from editing.requests import EditRequest
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,13 @@ from editing.methods.serac_memory import Fact, Mix, Read, Rules, SeracEdit, read
 from editing.methods.serac_network import Adapter, FixedScope, SeracNetwork, TrainedScope
 from editing.methods.serac_scope import HARD
 from editing.methods.serac_training import counterfactual_losses, scope_loss
+from editing.ranges import Count, Share
 from editing.regions import Region, RegionName
 
 if TYPE_CHECKING:
     from editing.edits import Edit
     from editing.mllm import MLLM
     from editing.requests import EditRecord, EditRequest
-
-Share = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from editing.changes import added, exact_dtype
 from editing.edits import joined
 from editing.fingerprints import Fingerprint
-from editing.fitting import Certainty, Count, Positive, Share, chunks, says, target_losses
+from editing.fitting import chunks, says, target_losses
 from editing.inside import Acting, InsideEdit, Passing, acting_in, fingerprint, language_site
 from editing.methods.growing import GrowingEditor
 from editing.methods.wise_memory import Margins, activations, margin_loss, mask_of, ties
+from editing.ranges import Certainty, Count, Positive, Share
 from editing.requests import Probe
 
 if TYPE_CHECKING:
