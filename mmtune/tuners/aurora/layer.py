@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, Blocks, ModeFactors, mixers
+from mmtune.tuners.aurora.siblings import Siblings
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,20 @@ class AuroraLinear(nn.Module, AuroraLayer):
         self.merged_adapters = []
         # Unregistered on purpose: the factors would otherwise be saved once per layer.
         object.__setattr__(self, "factors", factors)
+        self.siblings = Siblings()
+        self.siblings.members.append(self)
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The stock layer."""
+        return cast(nn.Linear, self.get_base_layer())
+
+    def joins(self, other: AuroraLinear, names: Sequence[str]) -> bool:
+        """Whether just these adapters are added to its weight, with the U that `other` has."""
+        mine, its = self.aurora_placed, other.aurora_placed
+        return self._added() == list(names) and all(
+            (mine[n].key, mine[n].rank) == (its[n].key, its[n].rank) for n in names
+        )
 
     def add_adapter(
         self,
@@ -87,18 +103,19 @@ class AuroraLinear(nn.Module, AuroraLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        active = [] if self.merged else [a for a in self.active_adapters if a in self.aurora_modes]
-        whole = [a for a in active if self.aurora_placed[a].materialise]
-        if whole:
-            base = cast(nn.Linear, self.get_base_layer())
-            total = torch.stack([self._delta(a) for a in whole]).sum(0)
-            y = F.linear(x, base.weight + total.to(base.weight.dtype), base.bias)
-        else:
-            y = self.base_layer(x, *args, **kwargs)
-        for name in active:
+        whole = self._added()
+        y = self.siblings.updated(self, whole, x) if whole else self.base_layer(x, *args, **kwargs)
+        for name in self._active():
             if name not in whole:
                 y = y + self._token_delta(name, x).to(y.dtype)
         return y
+
+    def _active(self) -> list[str]:
+        return [] if self.merged else self.acting("aurora_modes")
+
+    def _added(self) -> list[str]:
+        """Active adapters whose update is added to the weight."""
+        return [name for name in self._active() if self.aurora_placed[name].materialise]
 
     def _token_delta(self, name: str, x: Tensor) -> Tensor:
         """The update applied to tokens, without forming dW: [..., in] -> [..., out]."""
@@ -116,21 +133,22 @@ class AuroraLinear(nn.Module, AuroraLayer):
         y = F.linear(h, v)
         return y.flatten(-2) if blocks.rows > 1 else y
 
-    def _delta(self, name: str) -> Tensor:
-        """DW [out_features, in_features] in the factors' dtype."""
-        blocks = self.aurora_placed[name].blocks
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """L [out_features, R] and R [R, in_features] with dW = L R, in the factors' dtype.
+
+        The mode vectors go to the side on which the weight's blocks lie.
+        """
         u, v, m = self._factors(name, None)
-        if m.dim() == 2:
-            dw = torch.einsum("or,mr,ri->moi", v, m, u)
-        else:
-            dw = torch.einsum("oj,mij,iw->mow", v, m, u)
-        if blocks.columns > 1:
-            return dw.permute(1, 0, 2).flatten(1)
-        return dw.flatten(0, 1)
+        if self.aurora_placed[name].blocks.columns > 1:
+            terms = "mr,ri->rmi" if m.dim() == 2 else "mij,iw->jmw"
+            return v, torch.einsum(terms, m, u).flatten(1)
+        terms = "or,mr->mor" if m.dim() == 2 else "oj,mij->moi"
+        return torch.einsum(terms, v, m).flatten(0, 1), u
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """DW of an adapter, [out_features, in_features], in the dtype of its factors."""
-        return self._delta(adapter)
+        left, right = self.pair(adapter)
+        return left @ right
 
     def _factors(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
         """U, V and the scaled mixers of this layer, in `dtype` (None: as they are)."""
@@ -164,7 +182,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
                     "load the base model in float32 or bfloat16 to merge"
                 )
             # The sum is taken in the factors' float32 and rounded once.
-            merged = (base.weight.data + self._delta(name).detach()).to(base.weight.dtype)
+            merged = (base.weight.data + self.get_delta_weight(name).detach()).to(base.weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging adapter {name!r} would give non-finite weights")
             base.weight.data = merged
@@ -176,7 +194,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.aurora_modes:
-                restored = base.weight.data - self._delta(name).detach()
+                restored = base.weight.data - self.get_delta_weight(name).detach()
                 base.weight.data = restored.to(base.weight.dtype)
 
     def extra_repr(self) -> str:

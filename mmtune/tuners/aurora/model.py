@@ -14,10 +14,12 @@ from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, ModeFactors, cut, sharing_key
 from mmtune.tuners.aurora.fusing import FusedLayer, settle
 from mmtune.tuners.aurora.layer import AuroraLinear
+from mmtune.tuners.aurora.origins import Origins, cheap
+from mmtune.tuners.aurora.siblings import ROLES
 from mmtune.tuners.sited import SitedTuner, require_linear
 
 # PEFT skips modules whose name holds its prefix when it deletes an adapter; these must be visited.
-FACTORS, FUSED = "mode_factors", "mode_fusion"
+FACTORS, FUSED, ORIGINS = "mode_factors", "mode_fusion", "mode_origins"
 
 
 class AuroraModel(SitedTuner):
@@ -46,6 +48,7 @@ class AuroraModel(SitedTuner):
     def _choose(self, backbone: Backbone, config: Any) -> Sequence[Site | Fusion]:
         chosen = backbone.select(config.branches, config.sites, config.layers)
         require_linear(chosen, "aurora")
+        self._cheap = cheap(backbone, chosen) if config.compute == "materialise" else []
         fusions = settle(backbone, config)
         reading = [fusion for fusion in fusions if fusion.words]
         self._last_reading = reading[-1] if reading else None
@@ -67,7 +70,11 @@ class AuroraModel(SitedTuner):
             return target
         factors = self._attach(FACTORS, ModeFactors)
         factors.add_adapter(adapter_name)
+        if self._cheap:
+            self._attach(ORIGINS, Origins).watch(self._cheap)
         layer = target if isinstance(target, AuroraLinear) else AuroraLinear(target, factors)
+        if site.role in ROLES and layer is not target:
+            self._join(layer, site)
         base: Any = layer.get_base_layer()
         blocks = cut(site, base.out_features, base.in_features)
         rank, key = config.rank_of(site.branch), sharing_key(config.sharing, site, blocks)
@@ -75,6 +82,14 @@ class AuroraModel(SitedTuner):
         for part in (layer, factors):
             self._settle(part, adapter_name, base.weight.device)
         return layer
+
+    def _join(self, layer: AuroraLinear, site: Site) -> None:
+        """Make it a sibling of the other projections of the same attention."""
+        parent = self.model.get_submodule(site.path.rpartition(".")[0])
+        others = [m for m in parent.children() if isinstance(m, AuroraLinear)]
+        if others:
+            layer.siblings = others[0].siblings
+            layer.siblings.members.append(layer)
 
     def _fuse(self, config: Any, adapter_name: str, fusion: Fusion) -> None:
         """Give a layer with cross-attention its gate and context."""

@@ -1,0 +1,230 @@
+"""Linears with low-rank updates as one node: its values, gradients, and what it does not keep."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mmtune import AuroraConfig
+from mmtune.backbones import backbone_of
+from mmtune.conformance.backbones import build, images_and_texts
+from mmtune.tuners.aurora.layer import AuroraLinear
+from mmtune.tuners.aurora.node import updated_linears
+from mmtune.tuners.aurora.origins import Origins, cheap, origin_of
+
+
+def case(outs, width, rank, seed, dtype=torch.float64, tokens=(2, 3)):
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    x, right = drawn(*tokens, width).requires_grad_(), drawn(rank, width).requires_grad_()
+    lefts = [drawn(o, rank).requires_grad_() for o in outs]
+    weights = [drawn(o, width) for o in outs]
+    biases = [drawn(o) if i % 2 else None for i, o in enumerate(outs)]
+    return x, right, lefts, weights, biases
+
+
+def by_autograd(x, right, lefts, weights, biases):
+    return tuple(
+        F.linear(x, w + left @ right, b) for w, left, b in zip(weights, lefts, biases, strict=True)
+    )
+
+
+@given(
+    outs=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    width=st.integers(1, 4),
+    rank=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=25, deadline=None)
+def test_gradients_in_float64(outs, width, rank, seed):
+    x, right, lefts, weights, biases = case(outs, width, rank, seed)
+
+    def run(x, right, *lefts):
+        return updated_linears(x, right, lefts, weights, biases)
+
+    want = by_autograd(x, right, lefts, weights, biases)
+    for y, w in zip(run(x, right, *lefts), want, strict=True):
+        assert torch.allclose(y, w, atol=1e-12)
+    assert torch.autograd.gradcheck(run, (x, right, *lefts))
+
+
+@pytest.mark.parametrize("asked", ["x", "right", "lefts"])
+def test_each_gradient_by_itself(asked):
+    x, right, lefts, weights, biases = case((3, 2), 4, 2, 0)
+    for name, tensors in {"x": [x], "right": [right], "lefts": lefts}.items():
+        for tensor in tensors:
+            tensor.requires_grad_(name == asked)
+    leaves = {"x": [x], "right": [right], "lefts": lefts}[asked]
+    sums = [sum(y.sin().sum() for y in f(x, right, lefts, weights, biases))
+            for f in (updated_linears, by_autograd)]  # fmt: skip
+    found, want = (torch.autograd.grad(total, leaves) for total in sums)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, want, strict=True))
+
+
+def test_an_output_that_nobody_uses_adds_nothing():
+    x, right, lefts, weights, biases = case((3, 2), 4, 2, 0)
+    first, _ = updated_linears(x, right, lefts, weights, biases)
+    grads = torch.autograd.grad(first.sum(), [x, right, *lefts])
+    want, _ = by_autograd(x, right, lefts, weights, biases)
+    wanted = torch.autograd.grad(want.sum(), [x, right, lefts[0]])
+    assert all(torch.allclose(a, b) for a, b in zip(grads[:3], wanted, strict=True))
+    assert not grads[3].any()
+
+
+def test_weights_that_train_are_left_to_autograd():
+    x, right, lefts, weights, biases = case((3,), 4, 2, 0)
+    weights[0].requires_grad_()
+    (y,) = updated_linears(x, right, lefts, weights, biases)
+    (grad,) = torch.autograd.grad(y.sum(), weights)
+    assert torch.allclose(grad, x.sum((0, 1)).expand(3, 4))
+
+
+def test_factors_keep_their_dtype_and_autocast_decides_the_outputs():
+    x, right, lefts, weights, biases = case((3, 2), 4, 2, 0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = updated_linears(x, right, lefts, weights, biases)
+        want = by_autograd(x, right, lefts, weights, biases)
+    assert all(y.dtype == torch.bfloat16 for y in outputs)
+    for y, w in zip(outputs, want, strict=True):
+        assert torch.allclose(y.float(), w.float(), rtol=2e-2, atol=2e-2)
+    sum(y.sum() for y in outputs).backward()
+    assert right.grad.dtype == lefts[0].grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_no_weight_is_kept_for_backward():
+    x, right, lefts, weights, biases = case((3, 2), 4, 2, 0)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        updated_linears(x, right, lefts, weights, biases)
+    known = {t.data_ptr() for t in (x, right, *lefts, *weights)}
+    assert {t.data_ptr() for t in kept} <= known
+
+
+def adapted(compute, dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        build("clip").to(dtype), AuroraConfig(rank=4, seed=1, compute=compute, **settings)
+    )
+    generator = torch.Generator().manual_seed(2)
+    for name, p in model.named_parameters():
+        if "aurora_V" in name:
+            p.data = 0.3 * torch.randn(p.shape, generator=generator).to(p)
+        p.data = p.data.to(dtype)
+    return model
+
+
+def step(model, **options):
+    inputs = images_and_texts(0, 3)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    out = model(**inputs)
+    loss = (out.image_embeds * out.text_embeds).sum() + out.image_embeds.pow(3).sum()
+    loss.backward()
+    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("sites", [["q", "k", "v", "out"], ["v", "k", "fc1", "fc2"], ["q", "v"]])
+def test_a_model_has_the_gradients_of_the_separate_path(sites, checkpointing):
+    found = []
+    for compute in ("separate", "materialise"):
+        model = adapted(compute, sites=sites).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        found.append(step(model))
+        waiting = [m.siblings._waiting for m in model.modules() if isinstance(m, AuroraLinear)]
+        assert not any(waiting)
+    (first, wanted), (loss, grads) = found
+    assert torch.allclose(loss, first)
+    assert grads.keys() == wanted.keys()
+    assert all(torch.allclose(g, wanted[n], rtol=1e-8, atol=1e-10) for n, g in grads.items())
+
+
+def test_siblings_compute_once_what_they_share(monkeypatch):
+    calls = []
+    stock = updated_linears
+    monkeypatch.setattr(
+        "mmtune.tuners.aurora.siblings.updated_linears",
+        lambda x, right, lefts, *rest: calls.append(len(lefts)) or stock(x, right, lefts, *rest),
+    )
+    step(adapted("materialise"))
+    assert calls == [3, 1] * 4  # q, k, v; out; in two layers of two towers
+
+
+def test_siblings_called_with_other_tokens_compute_alone():
+    model = adapted("materialise")
+    q, k, v = (
+        next(m for n, m in model.named_modules() if n.endswith(f"layers.0.self_attn.{role}_proj"))
+        for role in "qkv"
+    )
+    x, other = torch.randn(2, 5, q.in_features).double(), torch.randn(2, 5, q.in_features).double()
+    alone = k(other), v(x)
+    q(x)
+    assert torch.equal(k(other), alone[0])
+    assert torch.allclose(v(x), alone[1], atol=1e-12)
+    before = v.get_delta_weight("default")
+    q(x)
+    v.aurora_modes["default"].data.mul_(2)
+    q(x)  # what waited is of the weights of before
+    assert torch.allclose(v(x), v.base_layer(x) + x @ (2 * before).T, atol=1e-12)
+
+
+def test_a_copy_has_siblings_of_its_own():
+    model = adapted("materialise")
+    copied = copy.deepcopy(model)
+    theirs = {id(m) for m in copied.modules()}
+    for m in copied.modules():
+        if isinstance(m, AuroraLinear):
+            assert {id(one) for one in m.siblings.members} <= theirs
+    assert torch.equal(step(copied)[0], step(model)[0])
+
+
+@pytest.mark.parametrize("sites", [["q", "k", "v", "out"], ["fc1", "fc2"]])
+@pytest.mark.parametrize("backbone", ["clip", "open_clip", "open_clip-fused", "open_clip-timm"])
+def test_what_norms_and_activations_give_is_not_kept(sites, backbone):
+    torch.manual_seed(0)
+    settings = AuroraConfig(rank=4, seed=1, compute="materialise", sites=sites)
+    model = peft.get_peft_model(build(backbone), settings)
+    view, inputs = backbone_of(model.get_base_model()), images_and_texts(0, 3)
+    given, kept = {}, set()
+    for module in cheap(view, view.select(None, sites)):
+        module.register_forward_hook(lambda m, a, out: given.update({out.data_ptr(): out}) or None)
+
+    def pack(t):
+        kept.add(t.data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        view.embed_pairs(model, inputs)
+    assert given
+    assert not kept & set(given)
+
+
+def test_a_tensor_changed_in_place_is_kept_as_it_is():
+    norm = nn.LayerNorm(4)
+    origins = Origins()
+    origins.watch([norm])
+    x, right, lefts, weights, biases = case((3,), 4, 2, 0, torch.float32)
+    y = norm(x.detach())
+    assert origin_of(y) is not None
+    y.mul_(2)
+    assert origin_of(y) is None
+    (out,) = updated_linears(y, right, lefts, weights, biases)
+    (grad,) = torch.autograd.grad(out.sum(), [right])
+    (want,) = torch.autograd.grad(by_autograd(y, right, lefts, weights, biases)[0].sum(), [right])
+    assert torch.allclose(grad, want, atol=1e-5)
+    origins.detach()
+    assert origin_of(norm(x)) is None
+
+
+def test_unloading_takes_the_marks_away():
+    model = adapted("materialise").unload()
+    assert not any(m._forward_hooks for m in model.modules())
