@@ -14,6 +14,7 @@ from mmtune.compare.cells import Outcome
 from mmtune.compare.choosing import Choice
 from mmtune.compare.config import CompareConfig
 from mmtune.metrics.seeds import SeedMean, over_seeds
+from mmtune.report.markdown import table_lines
 from mmtune.report.numbers import percent, size
 from mmtune.runs import write_text
 
@@ -229,10 +230,10 @@ def write_table(table: Table, root: Path) -> None:
 
 def render_markdown(table: Table) -> str:
     """The table, the search's table where there is one, and the notes."""
-    lines = [f"# {table.config.name}", "", *_markdown(table.header(), table.lines()), ""]
+    lines = [f"# {table.config.name}", "", *table_lines(table.header(), table.lines()), ""]
     if table.choices:
         header, rows = search_lines(table.choices)
-        lines += ["## Search for the learning rate", "", *_markdown(header, rows), ""]
+        lines += ["## Search for the learning rate", "", *table_lines(header, rows), ""]
     return "\n".join(lines + [f"- {note}" for note in table.notes()]) + "\n"
 
 
@@ -249,10 +250,3 @@ def search_lines(choices: Sequence[Choice]) -> tuple[list[str], list[list[str]]]
         best = NOTHING if choice.best is None else f"{choice.best:g}"
         rows.append([choice.method, *tried, best + (" (edge)" if choice.at_edge else "")])
     return header, rows
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-    return [line(header), "|---" + "|---:" * (len(header) - 1) + "|", *map(line, rows)]

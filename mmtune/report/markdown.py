@@ -1,7 +1,8 @@
-"""The report as markdown, for a terminal or a pull request."""
+"""Markdown, for a terminal or a pull request: the report of a run, and any table."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmtune.report.numbers import facts, rows
@@ -36,6 +37,15 @@ def render_markdown(report: Report) -> str:
     lines += ["## Made with", ""]
     lines += [f"- {key}: {value}" for key, value in _flat(report.manifest)]
     return "\n".join(lines) + "\n"
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose columns but the first are aligned to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+    return [line(header), "|---" + "|---:" * (len(header) - 1) + "|", *map(line, rows)]
 
 
 def _flat(manifest: object, prefix: str = "") -> list[tuple[str, str]]:
