@@ -10,6 +10,7 @@ from mmtune.data.records import DataError
 if TYPE_CHECKING:
     from editing.config import EditDataOptions, EditModelOptions
     from editing.mllm import MLLM
+    from mmtune.backbones.base import Loaded
     from mmtune.data.checking import Checked
 
 WITHOUT_IMAGES = (
@@ -19,8 +20,12 @@ WITHOUT_IMAGES = (
 )
 
 
-def mllm_of(options: EditModelOptions) -> MLLM:
+def mllm_of(options: EditModelOptions, loaded: Loaded | None = None) -> MLLM:
     """Load a model to be edited, on its device.
+
+    Args:
+        options: which one, and where.
+        loaded: the model, where it is loaded already.
 
     Raises:
         ValueError: an unknown model, one that writes no text, or no CUDA where it is asked for.
@@ -33,7 +38,7 @@ def mllm_of(options: EditModelOptions) -> MLLM:
     there = torch.cuda.is_available()
     if options.device == "cuda" and not there:
         raise ValueError("model.device is cuda, but torch sees no CUDA device. Use cpu.")
-    loaded = backbones.load(options.name, options.dtype)
+    loaded = backbones.load(options.name, options.dtype) if loaded is None else loaded
     loaded.model.to("cuda" if there and options.device != "cpu" else "cpu")
     return MLLM(loaded, options.templates)
 

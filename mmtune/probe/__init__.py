@@ -1,0 +1,1 @@
+"""Comparing multimodal language models: prompt styles x abilities."""

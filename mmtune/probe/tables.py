@@ -1,0 +1,154 @@
+"""The numbers of a probe as tables that a terminal, markdown and a page can show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mmtune.probe.scores import OVERALL, Cell, Paired, Together, cell, paired, together
+
+if TYPE_CHECKING:
+    from mmtune.probe.running import Probed
+    from mmtune.tasks.base import Metric
+
+NOTHING = ""
+Key = tuple[str, str, str]  # model, style, category
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Everything that is counted.
+
+    Attributes:
+        cells: of each model, style and category, and of all categories together.
+        styles: (model, style) -> the style against "simple" of the same model.
+        models: (model, style) -> the model against the first one in the same style.
+        changed: (model, category) -> the model against the first one over all styles.
+        together: (model, style) -> what items of a pair have to do with each other.
+        categories: in the order of the items.
+    """
+
+    cells: Mapping[Key, Cell]
+    styles: Mapping[tuple[str, str], Paired]
+    models: Mapping[tuple[str, str], Paired]
+    changed: Mapping[tuple[str, str], Paired]
+    together: Mapping[tuple[str, str], Together]
+    categories: Sequence[str]
+
+
+def numbers_of(probed: Probed) -> Numbers:
+    """Count."""
+    items = {item.id: item for item in probed.items.items}
+    categories = list(dict.fromkeys(item.category for item in probed.items.items))
+    cells: dict[Key, Cell] = {}
+    styles, models, changed, pairs = {}, {}, {}, {}
+    first = next(iter(probed.config.models))
+    for model in probed.config.models:
+        for style in probed.config.styles:
+            outcomes = probed.of(model, style)
+            cells[model, style, OVERALL] = cell(items, outcomes)
+            for category in categories:
+                some = [o for o in outcomes if items[o.item].category == category]
+                cells[model, style, category] = cell(items, some)
+            pairs[model, style] = together(items, outcomes)
+            if style != "simple" and "simple" in probed.config.styles:
+                found = paired(items, outcomes, probed.of(model, "simple"))
+                styles |= {(model, style): found} if found else {}
+            if model != first:
+                found = paired(items, outcomes, probed.of(first, style))
+                models |= {(model, style): found} if found else {}
+        if model != first:
+            for category in (OVERALL, *categories):
+                now, then = (_over_styles(probed, m, category) for m in (model, first))
+                found = paired(items, now, then)
+                changed |= {(model, category): found} if found else {}
+    return Numbers(cells, styles, models, changed, pairs, categories)
+
+
+def _over_styles(probed: Probed, model: str, category: str) -> list:
+    """Outcomes of a model in "simple", or in its first style."""
+    styles = probed.config.styles
+    style = "simple" if "simple" in styles else styles[0]
+    items = {item.id: item for item in probed.items.items}
+    return [o for o in probed.of(model, style) if category in (OVERALL, items[o.item].category)]
+
+
+def accuracy_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[list[str]]]:
+    """Style x category: accuracy in percent with its interval, n below."""
+    header = ["model", "style", OVERALL, *numbers.categories]
+    rows = []
+    for model in probed.config.models:
+        for style in probed.config.styles:
+            cells = [numbers.cells[model, style, c] for c in (OVERALL, *numbers.categories)]
+            rows.append([model, style, *[_accuracy(one.accuracy) for one in cells]])
+    return header, rows
+
+
+def difference_rows(numbers: Numbers) -> tuple[list[str], list[list[str]]]:
+    """What each style changes against "simple" on the same items, by McNemar's test."""
+    header = ["model", "style", "n", "difference", "right in it alone", "in simple alone", "p"]
+    rows = [[model, style, *_paired(found)] for (model, style), found in numbers.styles.items()]
+    return header, rows
+
+
+def effect_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[list[str]]]:
+    """What a fine-tune or an edit changed elsewhere: each model against the first one."""
+    first = next(iter(probed.config.models))
+    header = ["model", "category", "n", f"difference to {first}", "gained", "lost", "p"]
+    rows = [[model, category, *_paired(p)] for (model, category), p in numbers.changed.items()]
+    return header, rows
+
+
+def behaviour_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[list[str]]]:
+    """How models answer apart from being right."""
+    header = [
+        "model", "style", "n", "failed", "not understood", "yes", "precision", "recall", "F1",
+        "same answer", "flipped", "all of a pair right", "CER", "ANLS", "contradicts itself",
+    ]  # fmt: skip
+    rows = []
+    for model in probed.config.models:
+        for style in probed.config.styles:
+            one, pair = numbers.cells[model, style, OVERALL], numbers.together[model, style]
+            shares = [one.unparsed, one.yes, one.precision, one.recall, one.f1]
+            shares += [pair.same, pair.flipped, pair.all_right, one.errors, one.likeness]
+            n = 0 if one.accuracy is None else one.accuracy.n
+            texts = [_percent(share) for share in (*shares, one.contradictions)]
+            rows.append([model, style, str(n), str(one.failed), *texts])
+    return header, rows
+
+
+def notes(probed: Probed) -> list[str]:
+    """What has to be known to read the tables."""
+    found = [
+        "Accuracy in percent with 95 % bootstrap intervals over images; a reply of which nothing "
+        "could be made counts as wrong, a request that failed does not count.",
+        "Differences are paired, over the items that both answered; p is McNemar's exact test.",
+        "Parsers: " + "; ".join(sorted({o.parser for o in probed.outcomes if o.parser})) + ".",
+    ]
+    if probed.items.note:
+        found.insert(0, f"The set was {probed.items.note}.")
+    found += [
+        f"{count} of {len(probed.items.items)} items cannot be asked in the style {style}."
+        for style, count in probed.left_out.items()
+        if count
+    ]
+    said = sorted({o.note for o in probed.outcomes if o.note})
+    return [*found, *(f"Note: {note}." for note in said)]
+
+
+def _accuracy(metric: Metric | None) -> str:
+    if metric is None:
+        return NOTHING
+    low, high = 100 * metric.low, 100 * metric.high
+    return f"{100 * metric.value:.1f} [{low:.1f}, {high:.1f}] n={metric.n}"
+
+
+def _paired(found: Paired) -> list[str]:
+    d = found.difference
+    text = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    return [str(found.n), text, str(found.better), str(found.worse), f"{found.p:.3g}"]
+
+
+def _percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{100 * share:.1f}"
