@@ -10,6 +10,7 @@ import torch
 from mmtune import cli
 from mmtune.runs import RunFolder
 from tests.analysis import made
+from tests.report.browser import looks_right
 from tests.test_cli import CONFIG, PairTask
 
 
@@ -39,7 +40,7 @@ def test_run_is_analysed_compressed_and_evaluated(tmp_path, monkeypatch, capsys)
     shown = capsys.readouterr().out
     assert "||dW|| in vision" in shown
     assert "spectrum of the stacks" in shown
-    assert (run / "analysis" / "analysis.html").is_file()
+    looks_right(run / "analysis" / "analysis.html", tmp_path)
     out = tmp_path / "squeezed"
     # Four updates of rank 2 of each shape are a sum of eight components.
     arguments = ["compress", str(run), "--rank", "8", "--starts", "2", "--out", str(out)]

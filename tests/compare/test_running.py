@@ -18,6 +18,7 @@ from mmtune.config import to_yaml
 from mmtune.runs import RunError
 from tests.compare import small
 from tests.compare.small import BROKEN, CONFIG, EVALUATED, KILL, SEARCH
+from tests.report.browser import looks_right
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -180,6 +181,7 @@ def test_failing_method_is_shown_and_the_others_go_on(write, tmp_path):
     for shown in (page, (root / "compare.md").read_text(), "\n".join(told)):
         assert "ValueError: no place for it" in shown
     assert "and a second line" not in page
+    looks_right(root / "compare.html", tmp_path)
     _, told = run(write(text), tmp_path)  # only what failed is tried again
     assert "2 of 3 cells are done" in told
 

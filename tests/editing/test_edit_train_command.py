@@ -22,6 +22,7 @@ from mmtune.checkpoints import TrainingError
 from mmtune.yaml_source import ConfigError
 from tests.editing.meta_records import random_records
 from tests.editing.tiny import tiny
+from tests.report.browser import looks_right
 
 CONFIG = """\
 name: small
@@ -84,6 +85,7 @@ def test_a_run_writes_an_editor_that_edits(config, capsys, tmp_path):
     assert (results["editor"], results["steps"]) == ("mend", 2)
     assert results["best_step"] in (1, 2)
     page = (folder / "report.html").read_text()
+    looks_right(folder / "report.html", tmp_path)
     for text in (
         "training loss",
         "validation loss",

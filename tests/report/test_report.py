@@ -18,6 +18,7 @@ from mmtune.report.pictures import Pictures
 from mmtune.report.plots import curve, training_curves
 from mmtune.runs import Results
 from mmtune.tasks.base import GalleryItem, Metric, Shown
+from tests.report.browser import looks_right
 
 
 def picture(mode="RGB", edge=300):
@@ -97,6 +98,10 @@ def test_page_needs_nothing_else_and_runs_nothing(page):
     assert all(link.startswith(("data:image/jpeg;base64,", "#")) for link in parsed.links)
     assert not re.search(r"url\((?!#)", page)
     assert "@import" not in page
+
+
+def test_the_page_looks_right_in_a_browser(tmp_path):
+    looks_right(write_report(report(), tmp_path), tmp_path)
 
 
 def test_texts_of_the_data_are_escaped(page):

@@ -17,6 +17,7 @@ from mmtune import cli
 from mmtune.report.pictures import Pictures
 from tests.editing.evaluation.runs import config_of, items, limited, lines, picture, run, setup
 from tests.editing.tiny import tiny
+from tests.report.browser import looks_right
 
 EDITORS = {
     "tuned": {"editor": "ft", "lr": 0.05},
@@ -43,6 +44,10 @@ def made(tmp_path_factory, mllm):
 @pytest.fixture(scope="module")
 def page(made):
     return (made[0] / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_looks_right_in_a_browser(made, tmp_path):
+    looks_right(made[0] / "report.html", tmp_path)
 
 
 def test_the_page_needs_nothing_else_and_every_picture_loads(page):
