@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
     from mmtune.backbones.base import Loaded
 
 _ROOT = Path(__file__).resolve().parent
@@ -17,6 +19,7 @@ _FLAVOURS = {
     "config.json": ("retrieval", "vqa", "caption"),
     "llava.json": ("package", "hub"),
 }
+_PIPELINE = "diffusion.json"  # the config that the folder of a text-to-image model holds
 
 
 class ZooError(LookupError):
@@ -24,8 +27,11 @@ class ZooError(LookupError):
 
 
 def names() -> dict[str, list[str]]:
-    """What there is: {"models": [...], "<data set>": [its splits]}; data sets in order of name."""
-    found: dict[str, list[str]] = {"models": _models()}
+    """What there is: {"models": [...], "pipelines": [...], "<data set>": [its splits]}.
+
+    Models are what `load` loads, pipelines what `pipeline` does; data sets in order of name.
+    """
+    found: dict[str, list[str]] = {"models": _models(), "pipelines": _pipelines()}
     for name in _data_sets():
         found[name] = _splits(name)
     return found
@@ -52,8 +58,9 @@ def model_path(name: str) -> Path:
     Raises:
         ZooError: no such model; the message lists those there are.
     """
-    if name not in _models():
-        raise ZooError(f"the zoo has no model {name!r}; it has {', '.join(_models()) or 'none'}")
+    known = _models() + _pipelines()
+    if name not in known:
+        raise ZooError(f"the zoo has no model {name!r}; it has {', '.join(known) or 'none'}")
     return MODEL_ROOT / name
 
 
@@ -81,10 +88,16 @@ def flavours(name: str) -> tuple[str, ...]:
     LlavaForConditionalGeneration: "package" and "hub" say where its language model comes from.
 
     Raises:
-        ZooError: no such model; the message lists those there are.
+        ZooError: no such model; the message lists those there are. It is a pipeline.
     """
     folder = model_path(name)
-    return next(found for file, found in _FLAVOURS.items() if (folder / file).is_file())
+    for file, found in _FLAVOURS.items():
+        if (folder / file).is_file():
+            return found
+    raise ZooError(
+        f"{name} draws pictures: mmtune.zoo.pipeline({name!r}) loads it. Models that are loaded as "
+        f"such: {', '.join(_models())}"
+    )
 
 
 def load(name: str = "tiny-clip", flavour: str | None = None) -> Loaded:
@@ -113,6 +126,27 @@ def load(name: str = "tiny-clip", flavour: str | None = None) -> Loaded:
     from mmtune.zoo.loading import load_clip
 
     return load_clip(folder, name, flavour)
+
+
+def pipeline(name: str = "tiny-diffusion") -> StableDiffusionPipeline:
+    """Load a shipped text-to-image model in float32, in eval mode, on the CPU.
+
+    Args:
+        name: one of `names()["pipelines"]`.
+
+    Raises:
+        ZooError: no such pipeline; the message lists those there are.
+    """
+    if name not in _pipelines():
+        have = ", ".join(_pipelines()) or "none"
+        raise ZooError(f"the zoo has no text-to-image model {name!r}; it has {have}")
+    from mmtune.zoo.diffusion import load_pipeline
+
+    return load_pipeline(MODEL_ROOT / name)
+
+
+def _pipelines() -> list[str]:
+    return sorted(path.parent.name for path in MODEL_ROOT.glob(f"*/{_PIPELINE}"))
 
 
 def _models() -> list[str]:

@@ -114,16 +114,22 @@ def read_pictures(name: str, split: str, limit: int | None = None, side: int = S
     return Pictures(pixels, rows, captions.text_groups(rows))
 
 
+def held_out_names() -> set[str]:
+    """Captions and titles of `clipart`'s val and tests."""
+    held: set[str] = set()
+    for split in ("val", "test", "test-text"):
+        table = split_table("clipart", split)
+        held |= set(table["caption"].to_pylist()) | set(table["title"].to_pylist())
+    return held
+
+
 def with_icons(pictures: Pictures, folder: Path) -> Pictures:
     """The drawings, then the icons below `folder`, but those named like a held-out drawing."""
     import torch
 
     from mmtune.zoo.tiny_clip.icons import read_icons
 
-    held = set()
-    for split in ("val", "test", "test-text"):
-        table = split_table("clipart", split)
-        held |= set(table["caption"].to_pylist()) | set(table["title"].to_pylist())
+    held = held_out_names()
     icons = [row for row in read_icons(folder, SIDE) if row["name"] not in held]
     pixels = squares((row["image"] for row in icons), SIDE)
     plain = {"keywords": [], "description": ""}

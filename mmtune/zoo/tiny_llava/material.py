@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.zoo.llava import prompt_parts
 from mmtune.zoo.tiny_clip.captions import may_mirror
-from mmtune.zoo.tiny_clip.material import SIDE, split_table, squares
+from mmtune.zoo.tiny_clip.material import SIDE, held_out_names, squares
 from mmtune.zoo.tiny_llava.questions import (
     DRAWING_KINDS,
     SHAPE_KINDS,
@@ -59,11 +59,7 @@ def icon_rows(folder: Path) -> list[dict[str, Any]]:
     """Icons whose thing is known, but those named like a held-out drawing."""
     from mmtune.zoo.tiny_clip.icons import read_icons
 
-    held: set[str] = set()
-    for split in ("val", "test", "test-text"):
-        table = split_table("clipart", split)
-        held |= set(table["caption"].to_pylist()) | set(table["title"].to_pylist())
-    rows = []
+    held, rows = held_out_names(), []
     for icon in read_icons(folder, SIDE):
         row = {"title": icon["name"], "keywords": [], "caption": icon["name"], "image": icon}
         thing = thing_of(row)

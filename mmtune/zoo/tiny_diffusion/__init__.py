@@ -1,0 +1,1 @@
+"""The parts of the recipe of `tiny-diffusion`; `mmtune.zoo.train_tiny_diffusion` joins them."""
