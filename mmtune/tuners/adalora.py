@@ -25,10 +25,11 @@ NOMINAL_STEPS = 1000
 class AdaLoraOptions:
     """AdaLoRA's settings.
 
-    Every adapted weight gets (alpha / init_rank) P diag(lambda) Q. While training, the triplets
-    (a column of P, an entry of lambda, a row of Q) that matter least lose their lambda, so that the
-    ranks of all weights together fall from init_rank to target_rank on average, along a cubic
-    curve.
+        W x + (alpha / init_rank) P diag(lambda) Q x
+
+    for every adapted weight. While training, the triplets (a column of P, an entry of lambda, a row
+    of Q) that matter least lose their lambda, so that the ranks of all weights together fall from
+    init_rank to target_rank on average, along a cubic curve.
 
     Trainable parameters: init_rank (d_in + d_out) + init_rank for each adapted weight; the saved
     adapter has the ranks that were kept.

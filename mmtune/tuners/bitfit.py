@@ -20,7 +20,9 @@ CROSS = ("cross_q", "cross_k", "cross_v", "cross_out")
 
 @dataclass
 class BitFitConfig(SitedConfig):
-    """b + delta for every bias b of the chosen sites; weights stay as they are.
+    """A difference for every bias of the chosen sites; weights stay as they are.
+
+        W x + (b + delta),    and the same for the bias of a norm; delta zero at the start
 
     Trainable parameters: the number of biases; 11 d in a layer of a vision transformer whose MLP is
     four times as wide (q, k, v, out, fc2 and two norms: d each; fc1: 4 d).

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 class AdapterDropConfig(AdapterConfig):
     """Adapters without those of each branch's first n layers, which saves time in both directions.
 
+        layers n and above   y + s (W_up act(W_down y + b_down) + b_up), as in `AdapterConfig`
+        layers below n       y
+
     Below the lowest kept adapter nothing needs a gradient, so the backward pass stops there.
 
     Trainable parameters: 2 d m + m + d for each kept sublayer.

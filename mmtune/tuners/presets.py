@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 class LoraOptions:
     """LoRA's settings.
 
+        W x + (alpha / rank) B A x,    A [rank, d_in] drawn, B [d_out, rank] zero at the start
+
+    A fresh adapter changes nothing.
+
     Trainable parameters: rank (d_in + d_out) for each adapted weight.
 
     Attributes:

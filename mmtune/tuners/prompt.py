@@ -22,6 +22,8 @@ from mmtune.tuners.virtual_tokens import TrunkTokens, VirtualTokensConfig, Virtu
 class PromptConfig(VirtualTokensConfig):
     """Prompt tuning: p learned vectors enter each branch at its start.
 
+        branch([begin; P_1; ..; P_p; x_1; ..; x_n]),    P [p, d] learned
+
     They enter behind a class or begin token, ahead of the words or patches, after the position
     embeddings: words keep the positions that they have without a prompt. A fresh prompt changes the
     outputs.

@@ -26,6 +26,8 @@ SHARED = "shared"
 class PTuningV2Config(SitedConfig):
     """Deep prompts: learned keys and values before those of every attention, without a perceptron.
 
+        Attention(q, [S_K; P_K; K], [S_V; P_V; V]),    S of the shared prompt, P of the task in use
+
     One adapter can hold the prompts of several tasks, each of its own length, and a prompt that all
     tasks share; `set_task` says whose is in use. `classes` gives tasks a Linear head on a dual
     encoder's image or text embedding, saved with the adapter; `classify` computes its logits.

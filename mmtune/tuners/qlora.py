@@ -21,6 +21,8 @@ NAME = "QLORA"
 class QLoraOptions(LoraOptions):
     """QLoRA's settings: LoRA's with the paper's rank, and how the base is held.
 
+        NF4(W) x + (alpha / rank) B A x,    A [rank, d_in] drawn, B [d_out, rank] zero at the start
+
     Trainable parameters: rank (d_in + d_out) for each adapted weight. The Linears of all layers of
     the chosen branches are quantised, adapted or not: 4.127 bits for each of their weights.
 

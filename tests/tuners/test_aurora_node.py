@@ -228,3 +228,82 @@ def test_a_tensor_changed_in_place_is_kept_as_it_is():
 def test_unloading_takes_the_marks_away():
     model = adapted("materialise").unload()
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("core", ["diagonal", "dense"])
+@pytest.mark.parametrize("sites", [["q", "k", "v", "out"], ["q", "fc1", "fc2"]])
+def test_a_round_has_the_pairs_of_each_layer(core, sites):
+    model = adapted("materialise", core=core, sites=sites, alpha=0.5)
+    layers = [m for m in model.modules() if isinstance(m, AuroraLinear)]
+    rounds = layers[0].rounds
+    assert len(rounds.layers) == len(layers)
+    rounds._begin(model, ())
+    for layer in layers:
+        for found, want in zip(rounds.pair(layer, "default"), layer.pair("default"), strict=True):
+            assert torch.allclose(found, want, atol=1e-12)
+    assert len(rounds._known) == len(layers)
+    with torch.no_grad():
+        rounds._end(model, (), None)
+    assert not rounds._known
+
+
+def test_pairs_are_computed_once_a_forward_pass(monkeypatch):
+    calls = []
+    stock = AuroraLinear.pairs
+    monkeypatch.setattr(
+        AuroraLinear,
+        "pairs",
+        lambda self, name, layers: calls.append(len(layers)) or stock(self, name, layers),
+    )
+    monkeypatch.setattr(AuroraLinear, "pair", None)  # nobody is left alone
+    model = adapted("materialise").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    step(model)
+    assert calls == [8, 8]  # two towers, of two layers with four projections each
+    step(model)
+    assert calls == [8, 8] * 2
+
+
+def test_parts_called_past_the_forward_pass_and_twice_before_a_backward():
+    model = adapted("materialise")
+    view, inputs = backbone_of(model.get_base_model()), images_and_texts(0, 3)
+    pixels = inputs["pixel_values"].double()
+    step(model)
+    model.zero_grad()
+    first = view.encode_image(model.get_base_model(), pixels).pow(3).sum()
+    second = view.encode_image(model.get_base_model(), pixels).pow(3).sum()
+    (first + second).backward()
+    both = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    view.encode_image(model.get_base_model(), pixels).pow(3).sum().backward()
+    for name, p in model.named_parameters():
+        if name in both:
+            assert torch.allclose(both[name], 2 * p.grad, atol=1e-10)
+
+
+def test_a_changed_factor_is_seen_by_the_next_pass():
+    model = adapted("materialise")
+    before = step(model)[0]
+    for name, p in model.named_parameters():
+        if "aurora_modes" in name:
+            p.data.zero_()
+    changed = step(model)[0]
+    with model.disable_adapter():
+        base = model(
+            **{
+                **images_and_texts(0, 3),
+                "pixel_values": images_and_texts(0, 3)["pixel_values"].double(),
+            }
+        )
+    want = (base.image_embeds * base.text_embeds).sum() + base.image_embeds.pow(3).sum()
+    assert torch.allclose(changed, want)
+    assert not torch.allclose(before, changed)
+
+
+def test_an_error_in_the_forward_pass_ends_the_round():
+    model = adapted("materialise")
+    rounds = next(m for m in model.modules() if isinstance(m, AuroraLinear)).rounds
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        model(pixel_values=torch.zeros(1, 3, 5, 5), input_ids=torch.zeros(1, 4, dtype=torch.long))
+    assert not rounds._open

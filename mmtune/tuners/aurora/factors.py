@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmtune.backbones.base import Site
+from mmtune.tuners.aurora.rounds import Rounds
 from mmtune.tuners.sited import Attached
 
 
@@ -83,6 +84,10 @@ class ModeFactors(Attached, AuroraLayer):
         self.aurora_U = nn.ModuleDict()
         self.aurora_V = nn.ModuleDict()
         self.aurora_core = nn.ModuleDict()
+        self.rounds = Rounds()
+
+    def detach(self) -> None:
+        self.rounds.leave()
 
     def add_adapter(self, name: str) -> None:
         for group in (self.aurora_U, self.aurora_V, self.aurora_core):

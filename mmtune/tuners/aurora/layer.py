@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, Blocks, ModeFactors, mixers
+from mmtune.tuners.aurora.rounds import Pair, Rounds, pairs_of
 from mmtune.tuners.aurora.siblings import Siblings
 
 
 @dataclass(frozen=True)
 class Placed:
-    """How one adapter sits on one layer; `key` names the factors that it shares."""
+    """How one adapter sits on one layer of a branch; `key` names the factors that it shares."""
 
+    branch: str
     key: str
     blocks: Blocks
     rank: int
@@ -48,7 +50,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
         self.merged_adapters = []
         # Unregistered on purpose: the factors would otherwise be saved once per layer.
         object.__setattr__(self, "factors", factors)
-        self.siblings = Siblings()
+        self.siblings, self.rounds = Siblings(), Rounds()
         self.siblings.members.append(self)
 
     @property
@@ -59,7 +61,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
     def joins(self, other: AuroraLinear, names: Sequence[str]) -> bool:
         """Whether just these adapters are added to its weight, with the U that `other` has."""
         mine, its = self.aurora_placed, other.aurora_placed
-        return self._added() == list(names) and all(
+        return self.added() == list(names) and all(
             (mine[n].key, mine[n].rank) == (its[n].key, its[n].rank) for n in names
         )
 
@@ -71,6 +73,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
         rank: int,
         config: AuroraConfig,
         generator: torch.Generator | None,
+        branch: str = "",
     ) -> None:
         """Give the layer an adapter.
 
@@ -81,6 +84,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
             rank: components that it uses.
             config: of the adapter.
             generator: of the random start.
+            branch: in which the layer is.
         """
         factors = cast(ModeFactors, self.factors)
         # What all branches share must hold the largest of their ranks.
@@ -90,6 +94,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
         self.aurora_modes[name] = nn.Parameter(modes)
         self.aurora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.aurora_placed[name] = Placed(
+            branch,
             key,
             blocks,
             rank,
@@ -103,7 +108,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        whole = self._added()
+        whole = self.added()
         y = self.siblings.updated(self, whole, x) if whole else self.base_layer(x, *args, **kwargs)
         for name in self._active():
             if name not in whole:
@@ -113,7 +118,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
     def _active(self) -> list[str]:
         return [] if self.merged else self.acting("aurora_modes")
 
-    def _added(self) -> list[str]:
+    def added(self) -> list[str]:
         """Active adapters whose update is added to the weight."""
         return [name for name in self._active() if self.aurora_placed[name].materialise]
 
@@ -133,17 +138,35 @@ class AuroraLinear(nn.Module, AuroraLayer):
         y = F.linear(h, v)
         return y.flatten(-2) if blocks.rows > 1 else y
 
-    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+    def pair(self, name: str) -> Pair:
         """L [out_features, R] and R [R, in_features] with dW = L R, in the factors' dtype.
 
         The mode vectors go to the side on which the weight's blocks lie.
         """
         u, v, m = self._factors(name, None)
-        if self.aurora_placed[name].blocks.columns > 1:
-            terms = "mr,ri->rmi" if m.dim() == 2 else "mij,iw->jmw"
-            return v, torch.einsum(terms, m, u).flatten(1)
-        terms = "or,mr->mor" if m.dim() == 2 else "oj,mij->moi"
-        return torch.einsum(terms, v, m).flatten(0, 1), u
+        return pairs_of(u, v, m[None], self.aurora_placed[name].blocks.columns > 1, m.dtype)[0]
+
+    def pairs(self, name: str, layers: Sequence[AuroraLinear]) -> Sequence[Pair]:
+        """The pairs of layers of one `kind`, in which they are computed in few operations.
+
+        The side that is a layer's own comes in the dtype in which the layer computes.
+        """
+        placed, weight = self.aurora_placed[name], self.linear.weight
+        kind = weight.device.type
+        auto = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if auto else weight.dtype
+        u, v, core = cast(ModeFactors, self.factors).of(name, placed.key, placed.rank)
+        modes = torch.cat([layer.aurora_modes[name] for layer in layers])
+        m = _scaled(mixers(core, modes, False, True), placed.alpha)
+        m = m.unflatten(0, (len(layers), -1))
+        return pairs_of(u, v, m, placed.blocks.columns > 1, dtype)
+
+    def kind(self, name: str) -> tuple[Hashable, ...]:
+        """Equal for layers whose pairs can be computed together."""
+        placed = self.aurora_placed[name]
+        if placed.interleaved:  # mixes the mode vectors of one layer
+            return (id(self),)
+        return (placed, self.linear.weight.device, self.linear.weight.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """DW of an adapter, [out_features, in_features], in the dtype of its factors."""
@@ -155,9 +178,8 @@ class AuroraLinear(nn.Module, AuroraLayer):
         placed = self.aurora_placed[name]
         factors = cast(ModeFactors, self.factors)
         u, v, core = factors.of(name, placed.key, placed.rank)
-        m = mixers(core, self.aurora_modes[name], placed.interleaved, placed.blocks.columns == 1)
-        if placed.alpha != 1:
-            m = m * placed.alpha
+        modes, rows = self.aurora_modes[name], placed.blocks.columns == 1
+        m = _scaled(mixers(core, modes, placed.interleaved, rows), placed.alpha)
         return (u, v, m) if dtype is None else (u.to(dtype), v.to(dtype), m.to(dtype))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -199,6 +221,10 @@ class AuroraLinear(nn.Module, AuroraLayer):
 
     def extra_repr(self) -> str:
         return f"aurora={self.aurora_placed}"
+
+
+def _scaled(mixers: Tensor, alpha: float) -> Tensor:
+    return mixers if alpha == 1 else mixers * alpha
 
 
 def _mix_rows(h: Tensor, m: Tensor) -> Tensor:

@@ -72,13 +72,17 @@ class AuroraModel(SitedTuner):
         factors.add_adapter(adapter_name)
         if self._cheap:
             self._attach(ORIGINS, Origins).watch(self._cheap)
+            factors.rounds.watch(self.model)
         layer = target if isinstance(target, AuroraLinear) else AuroraLinear(target, factors)
-        if site.role in ROLES and layer is not target:
-            self._join(layer, site)
+        if layer is not target:
+            layer.rounds = factors.rounds
+            layer.rounds.layers.append(layer)
+            if site.role in ROLES:
+                self._join(layer, site)
         base: Any = layer.get_base_layer()
         blocks = cut(site, base.out_features, base.in_features)
         rank, key = config.rank_of(site.branch), sharing_key(config.sharing, site, blocks)
-        layer.add_adapter(adapter_name, key, blocks, rank, config, self._generator)
+        layer.add_adapter(adapter_name, key, blocks, rank, config, self._generator, site.branch)
         for part in (layer, factors):
             self._settle(part, adapter_name, base.weight.device)
         return layer

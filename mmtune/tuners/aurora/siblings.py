@@ -51,7 +51,7 @@ class Siblings:
 
 
 def _together(group: Sequence[AuroraLinear], names: Sequence[str], x: Tensor) -> tuple[Tensor, ...]:
-    pairs = [[m.pair(name) for name in names] for m in group]
+    pairs = [[m.rounds.pair(m, name) for name in names] for m in group]
     lefts = [_joined([left for left, _ in pair], 1) for pair in pairs]
     right = _joined([right for _, right in pairs[0]], 0)
     bases = [m.linear for m in group]
