@@ -16,6 +16,7 @@ from mmtune.analysis.commands import add_commands as add_analysis
 from mmtune.bench.commands import add_commands as add_bench
 from mmtune.converting import add_commands as add_conversion
 from mmtune.probe.commands import add_commands as add_probe
+from mmtune.run_listing.commands import add_commands as add_runs
 from mmtune.tables import (
     LISTED,
     evaluation_table,
@@ -23,9 +24,11 @@ from mmtune.tables import (
     parameter_table,
     results_table,
 )
+from mmtune.ui.commands import add_commands as add_ui
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from mmtune.compare.config import CompareConfig
     from mmtune.config import RunConfig
@@ -122,11 +125,22 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     merge.add_argument("--out", type=Path, required=True, help="folder to write")
 
-    for add in (add_conversion, add_analysis, add_editing, add_building, add_probe, add_bench):
+    for add in (
+        add_conversion,
+        add_analysis,
+        add_editing,
+        add_building,
+        add_probe,
+        add_bench,
+        add_runs,
+        add_ui,
+    ):
         add(lambda name, summary: _command(commands, name, _show, summary))
 
     listing = _command(commands, "list", _list, "show what there is")
-    listing.add_argument("what", nargs="?", choices=tuple(LISTED), help="what to list")
+    listing.add_argument(
+        "what", nargs="?", help=f"{', '.join(LISTED)}, or the name of a method or an editor"
+    )
     listing.add_argument(
         "--matrix", action="store_true", help="which method is tested on which backbone"
     )
@@ -313,16 +327,21 @@ def _show(options: argparse.Namespace) -> int:
         print(line)
     for line in shown.errors:
         print(line, file=sys.stderr)
+    if shown.then is not None:
+        sys.stdout.flush()
+        shown.then()
     return shown.code
 
 
 def _list(options: argparse.Namespace) -> None:
+    from mmtune.reference.showing import listed
     from mmtune.tables import matrix
 
     if not (options.matrix or options.what):
-        raise ValueError(f"name what to list: {', '.join(LISTED)}, or --matrix.")
-    for table in matrix() if options.matrix else LISTED[options.what]():
-        _print(table, piped=180 if options.matrix else 120)
+        names = ", ".join(LISTED)
+        raise ValueError(f"name what to list: {names}, a method or an editor, or --matrix.")
+    for part in matrix() if options.matrix else listed(options.what, LISTED):
+        _print(part, piped=180 if options.matrix else 120)
 
 
 def _print_costs(results: Results) -> None:
@@ -332,12 +351,12 @@ def _print_costs(results: Results) -> None:
         print(f"{fact.label}: {fact.value} ({fact.detail})")
 
 
-def _print(table: Table, piped: int = 120) -> None:
+def _print(part: Table | Text | str, piped: int = 120) -> None:
     from rich.console import Console
 
     # A pipe or a log has no width (80 would fold tables); texts hold brackets that are no markup.
     width = None if Console().is_terminal else piped
-    Console(width=width, markup=False, highlight=False).print(table)
+    Console(width=width, markup=False, highlight=False).print(part)
 
 
 def _tell(text: str) -> None:

@@ -152,6 +152,7 @@ def _results(
         steps=trained.steps,
         split=split,
         step_seconds=trained.step_seconds,
+        primary=after.primary,
     )
 
 

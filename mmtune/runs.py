@@ -46,6 +46,7 @@ class Results:
         split: the split that was evaluated.
         step_seconds: the median step, without waiting for data; None where a resumed run had none
             left to take.
+        primary: the metric to quote.
     """
 
     before: Mapping[str, Metric]
@@ -59,6 +60,7 @@ class Results:
     steps: int
     split: str = "test"
     step_seconds: float | None = None
+    primary: str = ""
 
     @property
     def share(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ class Findings:
         code: of the command's exit.
         wide: tables get more room where output has no width of its own.
         errors: lines for the error stream.
+        then: what goes on after all of it was printed, such as a server.
     """
 
     tables: list[Table]
@@ -25,3 +27,4 @@ class Findings:
     code: int = 0
     wide: bool = False
     errors: list[str] = field(default_factory=list)
+    then: Callable[[], object] | None = None

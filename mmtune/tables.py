@@ -204,6 +204,17 @@ def _methods() -> list[Table]:
     return [table]
 
 
+def _editors() -> list[Table]:
+    from editing.meta.base import TrainedEditor
+    from editing.methods.base import editors
+
+    table = new_table("editor", "what it does", "trained first", "source", "options")
+    for name, cls in sorted(editors().items()):
+        trained = "yes" if issubclass(cls, TrainedEditor) else ""
+        table.add_row(name, cls.summary, trained, cls.source, _fields(cls.options))
+    return [table]
+
+
 def _tasks() -> list[Table]:
     from mmtune.tasks import tasks
 
@@ -228,6 +239,7 @@ LISTED = {
     "methods": _methods,
     "tasks": _tasks,
     "configs": _configs,
+    "editors": _editors,
 }
 
 

@@ -330,4 +330,4 @@ def test_matrix_is_the_list_that_the_suite_runs(capsys):
 
 def test_list_of_nothing_says_what_there_is(capsys):
     assert cli.main(["list"]) == 2
-    assert "backbones, methods, tasks, configs, or --matrix" in capsys.readouterr().err
+    assert "backbones, methods, tasks, configs, editors, a method" in capsys.readouterr().err
