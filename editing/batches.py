@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ class Batch:
         parts: the prompts, with and without an image.
         target_ids: [n, t] tokens of the answers, an end token after each, padded on the right.
         target_mask: [n, t], 0 for padding.
+        packs: whether prompts may be read together, see `packed`.
+        prefix: what is computed once where all parts are computed together.
+        packings: how they are, by what is computed, see `editing.packed`; found when needed.
     """
 
     probes: tuple[Probe, ...]
@@ -67,6 +70,10 @@ class Batch:
     parts: tuple[Part, ...]
     target_ids: Tensor
     target_mask: Tensor
+    packs: bool = False
+    prefix: Prefix | None = field(default=None, repr=False, compare=False)
+    # Not taken over by `replace`: another batch is packed otherwise.
+    packings: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.probes)
@@ -76,6 +83,18 @@ class Batch:
         """[n, t], 1 for the answers' own tokens, 0 for their end tokens and padding."""
         following = nn.functional.pad(self.target_mask[:, 1:], (0, 1))
         return self.target_mask * following
+
+    def packed(self) -> Batch:
+        """The same, where what several prompts begin with may be read once.
+
+        The numbers are the same but for rounding, which then depends on what else is asked. Where
+        something hooks a module, and in families that do not pack, prompts keep their rows.
+        """
+        return replace(self, packs=True)
+
+    def in_rows(self) -> Batch:
+        """The same, each prompt in a row of its own."""
+        return replace(self, packs=False)
 
     def chosen(self, rows: Sequence[int]) -> Batch:
         """Some rows, at least one, in this order, padded as they are; nothing is computed yet."""
@@ -93,6 +112,7 @@ class Batch:
             parts=tuple(parts),
             target_ids=self.target_ids[index],
             target_mask=self.target_mask[index],
+            prefix=None,
         )
 
 
@@ -122,6 +142,20 @@ class Interceptor:
     """
 
     apart: bool = False
+
+    @property
+    def answers(self) -> bool:
+        """Whether it has a say in scores or in what is written, beyond what is read."""
+        own = type(self)
+        plain = Interceptor.logits, Interceptor.written
+        return (own.logits, own.written) != plain
+
+    @property
+    def strays(self) -> bool:
+        """Whether what is written may be something else than what scores highest."""
+        own = type(self)
+        scores = own.logits is not Interceptor.logits
+        return self.apart or scores != (own.written is not Interceptor.written)
 
     def preface(self, probe: Probe) -> str:
         """Text to stand in front of the probe's question."""

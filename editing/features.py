@@ -19,8 +19,9 @@ class Features:
     """Features of n probes, in float32, on the model's device.
 
     Attributes:
-        words: [n, d] mean over the question's tokens of the language model's states halfway up.
-        image: [n, d] mean over the image's tokens as the language model is given them; zero where
+        words: [n, d] mean over the question's tokens of the language model's states halfway up,
+            each of mean 0 and variance 1.
+        image: [n, d] the same of the image's tokens as the language model is given them; zero where
             there is no image.
         seen: [n] bool, whether there is one.
     """
@@ -31,10 +32,11 @@ class Features:
 
 
 @torch.no_grad()
-def features_of(
-    mllm: MLLM, asked: Sequence[Probe | EditRequest], size: int = 16, normed: bool = False
-) -> Features:
+def features_of(mllm: MLLM, asked: Sequence[Probe | EditRequest], size: int = 16) -> Features:
     """Read each question without its image and without a template, and each image by itself.
+
+    Trained language models have states, the first token's above all, that are hundreds of times as
+    long as others: means of states as they are would be parallel for any two questions.
 
     No answer is read: what a memory knows of a question is what a user types and shows. Edits that
     are applied to the model's weights change these features; memories ask before they are applied.
@@ -43,33 +45,29 @@ def features_of(
         mllm: the model.
         asked: probes or requests.
         size: probes computed at once.
-        normed: give every token's state mean 0 and length 1 (times the root of d) before the mean.
-            Trained language models have states, the first token's above all, that are hundreds of
-            times as long as others: without, the means of any two questions are parallel.
     """
-    parts = [_features(mllm, asked[i : i + size], normed) for i in range(0, len(asked), size)]
+    parts = [_features(mllm, asked[i : i + size]) for i in range(0, len(asked), size)]
     columns = zip(*((f.words, f.image, f.seen) for f in parts), strict=True)
     return Features(*(torch.cat(column) for column in columns))
 
 
-def _features(mllm: MLLM, asked: Sequence[Probe | EditRequest], normed: bool) -> Features:
-    words = _question_states(mllm, [one.question for one in asked], normed)
+def _features(mllm: MLLM, asked: Sequence[Probe | EditRequest]) -> Features:
+    words = _question_states(mllm, [one.question for one in asked])
     image = torch.zeros_like(words)
     rows = [i for i, one in enumerate(asked) if one.image is not None]
     if rows:
         pixels = mllm.pixels([one.image for one in asked if one.image is not None])
         tokens = mllm.backbone.image_tokens(mllm.model, **pixels)
-        image[rows] = torch.stack([_of_token(t, normed).mean(0) for t in tokens])
+        image[rows] = torch.stack([_normed(t).mean(0) for t in tokens])
     seen = torch.tensor([one.image is not None for one in asked], device=mllm.device)
     return Features(words, image, seen)
 
 
-def _of_token(states: Tensor, normed: bool) -> Tensor:
-    states = states.float()
-    return nn.functional.layer_norm(states, states.shape[-1:]) if normed else states
+def _normed(states: Tensor) -> Tensor:
+    return nn.functional.layer_norm(states.float(), states.shape[-1:])
 
 
-def _question_states(mllm: MLLM, questions: Sequence[str], normed: bool) -> Tensor:
+def _question_states(mllm: MLLM, questions: Sequence[str]) -> Tensor:
     """[n, d]; zero for an empty question."""
     view, stock = mllm.backbone, mllm.model
     path = view.trunks()["language"].path
@@ -89,5 +87,5 @@ def _question_states(mllm: MLLM, questions: Sequence[str], normed: bool) -> Tens
     finally:
         handle.remove()
     mask = context["mask"][..., None].float()
-    means = (_of_token(found[0], normed) * mask).sum(1) / mask.sum(1)
+    means = (_normed(found[0]) * mask).sum(1) / mask.sum(1)
     return means * torch.tensor([[float(bool(q))] for q in questions], device=means.device)

@@ -10,18 +10,19 @@ nothing here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from editing.batches import Batch, Interceptor, Part, Sequences, probe_of
 from editing.metrics.answers import IGNORED
-from editing.prefixes import prefixed
+from editing.packed import Packer
+from editing.prefixes import passing, prefixed
 from editing.requests import EditRequest, Probe
+from editing.room import positions_of, require_room
+from editing.swapping import Swapping
 from mmtune.backbones.generation import Decoding, log_probabilities, padded, texts_of
 from mmtune.backbones.generative import Generative
 from mmtune.data.images import load_image
@@ -32,17 +33,6 @@ if TYPE_CHECKING:
     from mmtune.data.records import MediaRef
 
 WRITTEN = 20  # new tokens at most, unless an answer that is known is longer
-
-
-class _Around(nn.Module):
-    """A model whose forward pass is whatever is to be computed with its parts."""
-
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self.stock = stock
-
-    def forward(self, compute: Callable[[], Any]) -> Any:
-        return compute()
 
 
 class MLLM:
@@ -88,7 +78,7 @@ class MLLM:
         self.tokenizer = loaded.tokenizer
         self.name = loaded.name
         self.around: list[Interceptor] = []
-        self._modules = list(self.model.named_modules())
+        self._swapping, self._packer = Swapping(self.model), Packer(self.model, backbone)
         self.templates = _templates(backbone.templates, templates or {})
         self._transform, self._processor = EvalTransform(loaded.image), loaded.processor
 
@@ -96,6 +86,11 @@ class MLLM:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @property
+    def hooked(self) -> bool:
+        """Whether something hooks a module: packed prompts keep rows of their own then."""
+        return self._packer.hooked
 
     def batch(self, asked: Sequence[Probe | EditRequest]) -> Batch:
         """Probes, or requests with their targets as answers, as one batch.
@@ -157,7 +152,7 @@ class MLLM:
         Raises:
             ValueError: a name that is no parameter's.
         """
-        return replace(batch, parts=prefixed(self.model, batch.parts, names))
+        return prefixed(self.model, batch, names)
 
     def answer_logits(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """[n, t, v]: the scores from which each token of `batch.target_ids` is predicted.
@@ -197,7 +192,7 @@ class MLLM:
         """
         batch = asked if isinstance(asked, Batch) else self.batch(asked)
         self._require_same_prefaces(batch)
-        most = max(WRITTEN, batch.target_ids.shape[1]) if max_tokens is None else max_tokens
+        most = _most(batch, max_tokens)
         write: Callable[[Batch, Decoding], list[str]] = partial(self._written, weights)
         for interceptor in self.around:
             write = partial(interceptor.written, inner=write)
@@ -205,7 +200,11 @@ class MLLM:
 
     @torch.no_grad()
     def answers(
-        self, batch: Batch, logits: Tensor, weights: Mapping[str, Tensor] | None = None
+        self,
+        batch: Batch,
+        logits: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        max_tokens: int | None = None,
     ) -> list[str]:
         """What `answer` returns, where the scores are known: few answers have to be written.
 
@@ -217,19 +216,49 @@ class MLLM:
         Args:
             batch: as `batch` makes it.
             logits: [n, t, v], its `answer_logits` with the same weights and edits.
-            weights: see `answer_logits`.
+            weights, max_tokens: see `answer`.
         """
         said = self.target_texts(batch)
-        hit = (logits.argmax(-1) == batch.target_ids) | (batch.target_mask == 0)
-        rows = [row for row, same in enumerate(hit.all(1).tolist()) if not same]
-        if any(_apart(interceptor) for interceptor in self.around):
-            rows = list(range(len(batch)))
+        rows = [row for row, known in enumerate(self._known(batch, logits).tolist()) if not known]
         if rows:
             asked = batch if len(rows) == len(batch) else batch.chosen(rows)
-            most = max(WRITTEN, batch.target_ids.shape[1])
+            most = _most(batch, max_tokens)
             for row, text in zip(rows, self.answer(asked, most, weights), strict=True):
                 said[row] = text
         return said
+
+    @torch.no_grad()
+    def scored_answers(
+        self, batch: Batch, max_tokens: int | None = None
+    ) -> tuple[Tensor, list[str]]:
+        """`answer_logits` and `answers`, where both are wanted: the prompts are read once.
+
+        Args:
+            batch: as `batch` makes it.
+            max_tokens: see `answer`; with 0 there are no answers, and the scores are the same bits.
+        """
+        self._require_same_prefaces(batch)
+        others = any(i.apart or i.answers for i in self.around)
+        passed = None if others else self._packer.scored(batch, self._read, writing=True)
+        if passed is None:
+            logits = self.answer_logits(batch)
+            return logits, [] if max_tokens == 0 else self.answers(batch, logits, None, max_tokens)
+        logits = passed.scores
+        if max_tokens == 0:
+            return logits, []
+        said, known = self.target_texts(batch), self._known(batch, logits)
+        if not bool(known.all()):
+            most = Decoding(max_tokens=_most(batch, max_tokens))
+            texts = texts_of(self.tokenizer, passed.written(most, known), self.backbone.ends)
+            pairs = zip(said, texts, known.tolist(), strict=True)
+            said = [target if hit else text for target, text, hit in pairs]
+        return logits, said
+
+    def _known(self, batch: Batch, logits: Tensor) -> Tensor:
+        """[n] bool, whether an answer is its target, as the scores tell."""
+        if any(i.strays for i in self.around):
+            return torch.zeros(len(batch), dtype=torch.bool)
+        return ((logits.argmax(-1) == batch.target_ids) | (batch.target_mask == 0)).all(1)
 
     def target_texts(self, batch: Batch) -> list[str]:
         """The answers as `answer` would return them: tokenized and read back."""
@@ -254,7 +283,7 @@ class MLLM:
 
     def _sequences(self, batch: Batch) -> Sequences:
         ids, mask = batch.target_ids, batch.target_mask
-        with _passing(batch.parts[0], "everywhere", torch.stack([ids, mask])):
+        with passing(batch.parts[0].prefix, "everywhere", batch.parts, (ids, mask)):
             context = self._read(batch.parts[0], batch.target_mask)
             logits = self.backbone.everywhere(self.model, context, ids, mask)
         given = logits.shape[1] - ids.shape[1] + 1  # tokens read before the first of the answer
@@ -266,8 +295,7 @@ class MLLM:
     @torch.no_grad()
     def room(self, probe: Probe) -> int | None:
         """Tokens that fit beside a probe's prompt, text of edits left aside; None: any number."""
-        config: Any = self.model.config
-        most = getattr(config.text_config, "max_position_embeddings", None)
+        most = positions_of(self.model)
         if most is None:
             return None
         context = self._read(self._part([probe], [self._prompt(probe, "")], [0]))
@@ -310,30 +338,24 @@ class MLLM:
         """The context of a part's prompts, which must leave room for their targets."""
         with self.backbone.each_once(part.images):
             context = self.backbone.read(self.model, part.pixels, **part.prompts)
-        config: Any = self.model.config
-        room = getattr(config.text_config, "max_position_embeddings", None)
-        if "embeds" in context and room is not None:
-            # The last token is predicted and not read: it needs no position.
-            after = 0 if target_mask is None else int(target_mask[part.rows].sum(1).max()) - 1
-            length = int(context["mask"].sum(1).max()) + after
-            if length > room:
-                raise ValueError(
-                    f"a prompt with its answer has {length} tokens and {self.name} reads at most "
-                    f"{room}: shorten the question, or the text that an edit puts in front of it"
-                )
+        mask = None if target_mask is None else target_mask[part.rows]
+        require_room(self.model, context, mask, self.name)
         return context
 
     def _logits(self, weights: Mapping[str, Tensor] | None, batch: Batch) -> Tensor:
         def compute() -> list[Tensor]:
+            if (passed := self._packer.scored(batch, self._read)) is not None:
+                return [passed.scores]
             found = []
             for part in batch.parts:
                 ids, mask = batch.target_ids[part.rows], batch.target_mask[part.rows]
-                with _passing(part, "scores", torch.stack([ids, mask])):
+                targets = batch.target_ids, batch.target_mask
+                with passing(part.prefix, "scores", [part], targets):
                     context = self._read(part, batch.target_mask)
                     found.append(self.backbone.continued(self.model, context, ids, mask))
             return found
 
-        found = self._computed(compute, weights)
+        found = self._swapping.computed(compute, weights)
         if len(found) == 1:
             return found[0]
         return torch.cat(found)[torch.cat([part.rows for part in batch.parts]).argsort()]
@@ -341,48 +363,30 @@ class MLLM:
     def _written(
         self, weights: Mapping[str, Tensor] | None, batch: Batch, decoding: Decoding
     ) -> list[str]:
-        def compute() -> list[Tensor]:
+        def compute() -> Tensor | list[Tensor]:
+            if (passed := self._packer.prompted(batch, self._read, decoding)) is not None:
+                return passed.written(decoding)
             found = []
             for part in batch.parts:
-                with _passing(part, f"written {decoding.beams} {decoding.cache}"):
+                kind = f"written {decoding.beams} {decoding.cache}"
+                with passing(part.prefix, kind, [part]):
                     context = self._read(part)
                     found.append(self.backbone.written(self.model, context, decoding))
             return found
 
+        ids = self._swapping.computed(compute, weights)
+        if isinstance(ids, Tensor):
+            return texts_of(self.tokenizer, ids, self.backbone.ends)
         answers = [""] * len(batch)
-        for part, ids in zip(batch.parts, self._computed(compute, weights), strict=True):
-            texts = texts_of(self.tokenizer, ids, self.backbone.ends)
+        for part, own in zip(batch.parts, ids, strict=True):
+            texts = texts_of(self.tokenizer, own, self.backbone.ends)
             for row, text in zip(part.rows.tolist(), texts, strict=True):
                 answers[row] = text
         return answers
 
-    def _computed(
-        self, compute: Callable[[], list[Tensor]], weights: Mapping[str, Tensor] | None
-    ) -> list[Tensor]:
-        if not weights:
-            return compute()
-        given = {id(self.model.get_parameter(name)): value for name, value in weights.items()}
-        # torch would look for tied weights among all parameters by name, which takes longer than
-        # the pass of a batch that is computed once.
-        named = {
-            f"stock.{path}.{name}".replace("..", "."): given[id(parameter)]
-            for path, module in self._modules
-            for name, parameter in module._parameters.items()
-            if id(parameter) in given
-        }
-        around = _Around(self.model)
-        return torch.func.functional_call(around, named, (compute,), tie_weights=False)
 
-
-def _passing(part: Part, kind: str, targets: Tensor | None = None) -> AbstractContextManager[None]:
-    return nullcontext() if part.prefix is None else part.prefix.around(kind, part, targets)
-
-
-def _apart(interceptor: Interceptor) -> bool:
-    """Whether what is written may be something else than what scores highest."""
-    own = type(interceptor)
-    scores = own.logits is not Interceptor.logits
-    return interceptor.apart or scores != (own.written is not Interceptor.written)
+def _most(batch: Batch, max_tokens: int | None) -> int:
+    return max(WRITTEN, batch.target_ids.shape[1]) if max_tokens is None else max_tokens
 
 
 def _templates(own: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,9 +50,7 @@ class Layouts:
     def hooked(self) -> frozenset[int]:
         """Numbers of the modules, holders left out, in whose forward something else has a say."""
         held = set(map(id, self._holders))
-        return frozenset(
-            i for i, m in enumerate(self._modules) if _is_hooked(m) and id(m) not in held
-        )
+        return frozenset(i for i in hooked_among(self._modules) if id(self._modules[i]) not in held)
 
     def layout(self, hooked: frozenset[int]) -> Layout:
         """The division where these are hooked."""
@@ -128,17 +126,25 @@ def _is_list(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    has = module.__dict__  # asked of every module in every pass
-    if "forward" in has:
-        return True
-    if not (
-        has["_forward_hooks"]
+def hooked_among(modules: Sequence[nn.Module]) -> list[int]:
+    """Numbers of the modules in whose forward something other than families' own has a say."""
+    # Asked of every module in every pass: hardly any has a hook at all.
+    suspects = [
+        i
+        for i, has in enumerate(module.__dict__ for module in modules)
+        if "forward" in has
+        or has["_forward_hooks"]
         or has["_forward_pre_hooks"]
         or has["_backward_hooks"]
         or has["_backward_pre_hooks"]
-    ):
-        return False
+    ]
+    return [i for i in suspects if _is_hooked(modules[i])]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    has = module.__dict__
+    if "forward" in has:
+        return True
     hooks = [hook for name in HOOKS for hook in has[name].values()]
     return not all(_origin(hook).startswith(TRUSTED) for hook in hooks)
 

@@ -18,7 +18,7 @@ or something is read, counts as one that changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,37 +31,38 @@ from editing.prefix_layouts import Layout, Layouts, layouts_of
 from mmtune.backbones.attention import cache_of
 
 if TYPE_CHECKING:
-    from editing.batches import Part
+    from editing.batches import Batch, Part
 
 Forward = Callable[..., Any]
+Targets = Sequence[Tensor]
 # A tensor that what is kept was computed with: where it is, itself (so that no other takes its
 # memory), its address and how often it had been written to.
 Stamp = tuple[Mapping[str, Tensor | None], str, Tensor, int, int]
 
 
 class Prefix:
-    """What one part of a batch computes below some parameters; empty until it is first computed.
+    """What parts of a batch compute below some parameters; empty until it is first computed.
 
     Args:
         layouts: of the model and the parameters.
-        part: whose prompts and pixels are read.
+        parts: whose prompts and pixels are read, together.
     """
 
-    def __init__(self, layouts: Layouts, part: Part) -> None:
+    def __init__(self, layouts: Layouts, parts: Sequence[Part]) -> None:
         self._layouts = layouts
-        self._read = (part.prompts, part.pixels)
+        self._read = [(part.prompts, part.pixels) for part in parts]
         self._kept: dict[tuple[str, frozenset[int]], _Pass] = {}
 
     @contextmanager
-    def around(self, kind: str, part: Part, targets: Tensor | None = None) -> Iterator[None]:
-        """A pass over `part` inside, which computes only what is not kept of an earlier one.
+    def around(self, kind: str, parts: Sequence[Part], targets: Targets = ()) -> Iterator[None]:
+        """A pass over `parts` inside, which computes only what is not kept of an earlier one.
 
         Args:
             kind: of pass: two of one kind call the same modules with tensors of the same shapes.
-            part: one with other prompts or pixels is computed as if there were nothing here.
-            targets: [k, t] what is read behind the prompts.
+            parts: others than these are computed as if there were nothing here.
+            targets: what is read behind the prompts; none where that is not known yet.
         """
-        if part.prompts is not self._read[0] or part.pixels is not self._read[1]:
+        if not self._reads(parts):
             yield
             return
         hooked = self._layouts.hooked()
@@ -78,26 +79,42 @@ class Prefix:
             with kept.replayed():
                 yield
 
+    def _reads(self, parts: Sequence[Part]) -> bool:
+        return len(parts) == len(self._read) and all(
+            part.prompts is prompts and part.pixels is pixels
+            for part, (prompts, pixels) in zip(parts, self._read, strict=True)
+        )
 
-def prefixed(model: nn.Module, parts: Sequence[Part], names: Iterable[str]) -> tuple[Part, ...]:
-    """Parts of a batch that compute once what does not depend on these parameters.
 
-    Where one of the parameters has no known place they are plain parts.
+def prefixed(model: nn.Module, batch: Batch, names: Iterable[str]) -> Batch:
+    """A batch that computes once what does not depend on these parameters.
+
+    Where one of the parameters has no known place it is a plain batch.
 
     Raises:
         ValueError: a name that is no parameter's.
     """
     layouts = layouts_of(model, names)
     if layouts is None:
-        return tuple(replace(part, prefix=None) for part in parts)
-    return tuple(replace(part, prefix=Prefix(layouts, part)) for part in parts)
+        parts = tuple(replace(part, prefix=None) for part in batch.parts)
+        return replace(batch, parts=parts, prefix=None)
+    parts = tuple(replace(part, prefix=Prefix(layouts, [part])) for part in batch.parts)
+    return replace(batch, parts=parts, prefix=Prefix(layouts, parts))
+
+
+def passing(
+    prefix: Prefix | None, kind: str, parts: Sequence[Part], targets: Targets = ()
+) -> AbstractContextManager[None]:
+    """`Prefix.around`, where there is one."""
+    return nullcontext() if prefix is None else prefix.around(kind, parts, targets)
 
 
 class _Pass:
     """One kind of pass: recorded once, replayed as long as it holds."""
 
-    def __init__(self, layout: Layout, targets: Tensor | None) -> None:
+    def __init__(self, layout: Layout, targets: Targets) -> None:
         self.layout, self.targets = layout, targets
+        self.versions = [tensor._version for tensor in targets]
         self.calls: list[list[Call | None]] = [[] for _ in layout.kept]
         self.stamps: list[Stamp] = []
         self.usable = True
@@ -105,13 +122,16 @@ class _Pass:
         self.weak: list[Call] = []
         self.deep = 0  # calls of kept modules that are being computed
 
-    def holds(self, targets: Tensor | None) -> bool:
+    def holds(self, targets: Targets) -> bool:
         """Whether the same would be computed now with these targets."""
-        if (mine := self.targets) is not targets:
-            if mine is None or targets is None or mine.shape != targets.shape:
+        if len(self.targets) != len(targets):
+            return False
+        for mine, other in zip(self.targets, targets, strict=True):
+            # By identity first: to compare values the device must be waited for.
+            if mine is not other and (mine.shape != other.shape or not torch.equal(mine, other)):
                 return False
-            if not torch.equal(mine, targets):
-                return False
+        if any(t._version != v for t, v in zip(self.targets, self.versions, strict=True)):
+            return False
         return all(
             (now := tensors.get(name)) is not None
             and now.data_ptr() == at
@@ -152,7 +172,7 @@ class _Pass:
     def _record(self, number: int, stock: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         calls = self.calls[number]
         # Of what is written, whose targets are not known, the pass over the prompt is kept.
-        if self.ended or self.deep or (self.targets is None and calls):
+        if self.ended or self.deep or (not self.targets and calls):
             return self._computed(stock, *args, **kwargs)
         call = Call()
         with _noted(cache_of(kwargs), call.updates) as plain:
@@ -226,20 +246,21 @@ class _Pass:
 @contextmanager
 def _instead(modules: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
     """While it lasts, these run in place of the modules' own, which they are given first."""
+    # Past nn.Module.__setattr__, which takes longer than some passes.
     own = [module.__dict__.get("forward") for module in modules]
     for module, forward in zip(modules, forwards, strict=True):
         stock = module.forward
-        module.forward = partial(forward, stock)
+        module.__dict__["forward"] = instead = partial(forward, stock)
         # `generate` looks at the names of its arguments.
-        module.forward.__dict__["__wrapped__"] = stock
+        instead.__dict__["__wrapped__"] = stock
     try:
         yield
     finally:
         for module, earlier in zip(modules, own, strict=True):
             if earlier is None:
-                del module.forward
+                del module.__dict__["forward"]
             else:
-                module.forward = earlier
+                module.__dict__["forward"] = earlier
 
 
 @contextmanager

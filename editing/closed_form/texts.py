@@ -16,7 +16,7 @@ from editing.batches import Batch, Part
 from editing.datasets import read_records
 from editing.ranges import Count
 from editing.requests import EditRecord, Probe
-from mmtune.backbones.generation import padded
+from mmtune.backbones.generation import Decoding, padded
 from mmtune.runs import sha256
 
 if TYPE_CHECKING:
@@ -115,6 +115,16 @@ def spoken(mllm: MLLM, texts: Sequence[str], ids: Tensor, mask: Tensor) -> Batch
     return Batch(probes, ("",) * len(texts), (part,), ids, mask)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Drawn(Decoding):
+    """Writes, with keys and values kept, the tokens that `draw` leaves: ids, scores -> scores."""
+
+    draw: Callable[[Tensor, Tensor], Tensor]
+
+    def arguments(self, ends: Sequence[int], pad: int) -> dict[str, Any]:
+        return {**super().arguments(ends, pad), "logits_processor": [self.draw]}
+
+
 @torch.no_grad()
 def sampled(
     mllm: MLLM, starts: Sequence[str], tokens: int, generator: torch.Generator
@@ -127,16 +137,20 @@ def sampled(
         tokens: drawn for each.
         generator: on the CPU.
     """
-    view, count = mllm.backbone, len(starts)
-    ids = torch.zeros(count, 0, dtype=torch.int64)
-    end = torch.full((count, 1), view.ends[0])
-    for _ in range(tokens):
-        following = torch.cat([ids, end], dim=1)
-        batch = spoken(mllm, starts, following, torch.ones_like(following))
-        scores = mllm.answer_logits(batch)[:, -1].double().cpu()
-        scores[:, [*mllm.tokenizer.all_special_ids, *view.ends]] = -torch.inf
-        scores[:, len(mllm.tokenizer) :] = -torch.inf  # embeddings may be more than there are words
-        ids = torch.cat([ids, torch.multinomial(scores.softmax(-1), 1, generator=generator)], dim=1)
+    view = mllm.backbone
+    never = [*mllm.tokenizer.all_special_ids, *view.ends]
+
+    def draw(_: Tensor, scores: Tensor) -> Tensor:
+        exact = scores.double().cpu()
+        exact[:, never] = -torch.inf
+        exact[:, len(mllm.tokenizer) :] = -torch.inf  # embeddings may be more than there are words
+        drawn = torch.multinomial(exact.softmax(-1), 1, generator=generator)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn.to(scores.device), 0.0)
+
+    prompts = view.text_prompts(mllm.tokenizer, list(starts))
+    prompts = {name: value.to(mllm.device) for name, value in prompts.items()}
+    context = view.read(mllm.model, None, **prompts)
+    ids = view.written(mllm.model, context, _Drawn(min_tokens=tokens, max_tokens=tokens, draw=draw))
     written = mllm.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
     return [f"{start} {text.strip()}" for start, text in zip(starts, written, strict=True)]
 

@@ -7,7 +7,9 @@ of what it is asked about.
 Source: Meng et al., arXiv 2202.05262, equation 4; arXiv 2210.07229, equation 16. In the released
 code the KL is taken at the subject's last token, here at the end of the prompt; there the penalty
 is |v| / |h|^2, here |v|^2 / |h|^2, and the learning rate is absolute, here in units of h's root
-mean square, so that settings carry over from one model to another.
+mean square, so that settings carry over from one model to another. ROME's 0.5 is not one of them:
+taken in these units it overshoots. On tiny-llava both 0.5 and 0.1 made the model write the targets
+of 4 of 4 training records, and left 1 and 3 of 4 questions without an image alone.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class ValueOptions:
     """
 
     steps: Annotated[int, Field(ge=1)] = 25
-    lr: Positive = 0.5
+    lr: Positive = 0.1
     clamp: Positive = 4.0
     decay: NotNegative = 1e-3
     kl: NotNegative = 0.0625

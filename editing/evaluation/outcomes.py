@@ -12,16 +12,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from editing.batches import probe_of
 from editing.datasets import StandIn
+from editing.evaluation.asking import (
+    KINDS,
+    LOCALITY,
+    Asked,
+    Chunk,
+    Said,
+    Unedited,
+    asked_of,
+    said_of,
+)
 from editing.metrics import mmedit
 from editing.metrics.aggregate import Score, joined_score
-from editing.metrics.answers import AnswerTokens, answer_scores, generated_match
+from editing.metrics.answers import answer_scores, generated_match
 from editing.metrics.definitions import (
     GENERATED,
     MMEDIT_ACCURACY,
@@ -34,21 +42,17 @@ from editing.metrics.definitions import (
     definitions_of,
 )
 from editing.metrics.locality import locality_scores
-from editing.requests import EditRecord, Probe
+from editing.requests import EditRecord
 from editing.weight_edits import WeightEdit
 from mmtune.data.records import ImageFile
 from mmtune.metrics.vqa import processed
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from editing.batches import Batch
     from editing.edits import Edit
     from editing.mllm import MLLM
     from mmtune.data.records import MediaRef
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
-LOCALITY: tuple[Kind, ...] = ("text_locality", "image_locality")
+__all__ = ["KINDS", "LOCALITY", "asked_of"]
 UNCHANGED = Definition(
     "unchanged answer",
     "the greedily written answer is the same before and after, apart from case, punctuation and "
@@ -57,43 +61,10 @@ UNCHANGED = Definition(
 Found = dict[Kind, list[dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A probe of a record, and the kind of metric that it is for."""
-
-    kind: Kind
-    probe: Probe
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a model made of some probes.
-
-    Attributes:
-        written: its answers; None where they are known already.
-        tokens: the answers' tokens with the scores from which each is predicted.
-        sequences: number of a probe of locality -> [1, s, v] scores of its whole sequence, where
-            they are asked for and there are any.
-    """
-
-    written: list[str] | None
-    tokens: AnswerTokens
-    sequences: Mapping[int, Tensor]
-
-
 def definitions_for(kind: Kind, compat: Sequence[Compat] = ()) -> tuple[Definition, ...]:
     """The definitions that a kind of metric is scored in, the one to quote first."""
     extra = (UNCHANGED,) if kind in LOCALITY else ()
     return (*definitions_of(kind), *extra, *(d for c in compat for d in definitions_of(kind, c)))
-
-
-def asked_of(record: EditRecord) -> list[Asked]:
-    """The probes of a record: the request itself first; answers are stripped, as targets are."""
-    found = [Asked("reliability", probe_of(record.request))]
-    for kind in KINDS[1:]:
-        for probe in getattr(record, kind):
-            found.append(Asked(kind, replace(probe, answer=probe.answer.strip())))
-    return found
 
 
 def image_key(record: EditRecord) -> str:
@@ -111,21 +82,34 @@ def media_key(ref: MediaRef | None) -> str:
 
 
 def base_outcomes(
-    mllm: MLLM, records: Sequence[EditRecord], compat: Sequence[Compat] = ()
+    mllm: MLLM,
+    records: Sequence[EditRecord],
+    compat: Sequence[Compat] = (),
+    unedited: Unedited | None = None,
 ) -> list[Found]:
     """What the unedited model makes of records, in one batch; one outcome each, as JSON has it.
 
     Locality is that of the model against itself: everything agrees.
+
+    Args:
+        mllm: the model.
+        records: what is asked.
+        compat: definitions to add.
+        unedited: keeps what is needed of it again, for `edited_outcomes`.
     """
-    return _outcomes(mllm, records, None, None, compat)
+    chunk = (unedited or Unedited(mllm, bool(compat))).about(records)
+    said = chunk.answered()
+    return _outcomes(chunk, said, said, None, compat)
 
 
+@torch.no_grad()
 def edited_outcomes(
     mllm: MLLM,
     records: Sequence[EditRecord],
     edit: Edit | None,
     before: Sequence[Found],
     compat: Sequence[Compat] = (),
+    unedited: Unedited | None = None,
 ) -> list[Found]:
     """What the model makes of records under an edit, in one batch.
 
@@ -135,6 +119,7 @@ def edited_outcomes(
         edit: what is applied meanwhile; None for none.
         before: of the unedited model, as `base_outcomes` gives it.
         compat: definitions to add.
+        unedited: what several editors share; None where this is the only one.
 
     Returns:
         record by record, kind -> probes with question, answer, what was written before and after,
@@ -143,7 +128,16 @@ def edited_outcomes(
     Raises:
         ValueError: the edited model's scores are no numbers; a prompt that the model cannot read.
     """
-    return _outcomes(mllm, records, edit, before, compat)
+    chunk = (unedited or Unedited(mllm, bool(compat))).about(records)
+    changed = edit.changes if isinstance(edit, WeightEdit) else ()
+    with nullcontext() if edit is None else edit.applied(mllm):
+        hooked = mllm.hooked
+        # An edit that is no change of weights may put text in front of the questions.
+        fresh = edit is not None and not isinstance(edit, WeightEdit)
+        batch = mllm.batch(chunk.probes).packed() if fresh else chunk.batch(changed)
+        after = said_of(mllm, batch, chunk.asked, bool(compat))
+    untouched = chunk.untouched(changed, hooked)
+    return _outcomes(chunk, untouched, after, before, compat)
 
 
 def kind_scores(found: Mapping[str, Any], kind: Kind, definition: Definition) -> Score | None:
@@ -152,31 +146,18 @@ def kind_scores(found: Mapping[str, Any], kind: Kind, definition: Definition) ->
     return joined_score([Score(*pair) if pair else None for pair in pairs])
 
 
-@torch.no_grad()
 def _outcomes(
-    mllm: MLLM,
-    records: Sequence[EditRecord],
-    edit: Edit | None,
+    chunk: Chunk,
+    untouched: Said,
+    after: Said,
     before: Sequence[Found] | None,
     compat: Sequence[Compat],
 ) -> list[Found]:
-    asked = [one for record in records for one in asked_of(record)]
-    probes = [one.probe for one in asked]
-    batch = mllm.batch(probes)
-    if isinstance(edit, WeightEdit):  # the same prompts: computed once below what it changes
-        batch = mllm.cached(batch, edit.changes)
-    untouched = _said(mllm, batch, asked, compat, write=before is None)
-    after = untouched
-    if before is not None:
-        with nullcontext() if edit is None else edit.applied(mllm):
-            if not isinstance(edit, WeightEdit):
-                batch = mllm.batch(probes)  # it may put text in front of the questions
-            after = _said(mllm, batch, asked, compat, write=True)
     assert after.written is not None
     earlier = after.written
     if before is not None:
         earlier = [p["after"] for found in before for kind in found for p in found[kind]]
-    scores = _scores(asked, untouched, after, earlier, compat)
+    scores = _scores(chunk.asked, untouched, after, earlier, compat)
     lines = [
         {
             "question": one.probe.question,
@@ -185,28 +166,9 @@ def _outcomes(
             "after": after.written[i],
             "scores": {d.name: [s.total, s.n] if s else None for d, s in scores[i].items()},
         }
-        for i, one in enumerate(asked)
+        for i, one in enumerate(chunk.asked)
     ]
-    return list(_by_record(records, asked, lines))
-
-
-def _said(
-    mllm: MLLM, batch: Batch, asked: Sequence[Asked], compat: Sequence[Compat], write: bool
-) -> Said:
-    logits = mllm.answer_logits(batch)
-    tokens = AnswerTokens.of_targets(logits, batch.target_ids, batch.answer_mask)
-    if bool(tokens.logits.isnan().any()):
-        raise ValueError("the model's scores are no numbers (NaN): the edit broke it")
-    sequences = {}
-    if compat:
-        for number, one in enumerate(asked):
-            if one.kind in LOCALITY:
-                try:
-                    own = mllm.sequences(mllm.batch([one.probe]))
-                except TypeError:
-                    continue
-                sequences[number] = own.logits
-    return Said(mllm.answer(batch) if write else None, tokens, sequences)
+    return list(_by_record(chunk.records, chunk.asked, lines))
 
 
 def _scores(
@@ -216,8 +178,9 @@ def _scores(
     earlier: Sequence[str],
     compat: Sequence[Compat],
 ) -> list[dict[Definition, Score | None]]:
+    assert after.tokens is not None
     quality = answer_scores(after.tokens)
-    local = locality_scores(untouched.tokens, after.tokens)
+    local = locality_scores(untouched.local, after.local)
     assert after.written is not None
     found: list[dict[Definition, Score | None]] = []
     for number, one in enumerate(asked):

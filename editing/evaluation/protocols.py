@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from editing.edits import load
+from editing.evaluation.asking import Unedited
 from editing.evaluation.journal import Journal, Line, in_words
 from editing.evaluation.outcomes import Found, base_outcomes, edited_outcomes, image_key
 from mmtune.backbones.base import SiteError
@@ -45,6 +46,7 @@ class Bench:
         protocol: how edits are made and scored.
         seed: of the run.
         base: record id -> its line about the unedited model.
+        unedited: what it says about records at work.
     """
 
     mllm: MLLM
@@ -52,6 +54,7 @@ class Bench:
     protocol: ProtocolOptions
     seed: int
     base: dict[str, Line]
+    unedited: Unedited
 
     def problem(self, record: EditRecord) -> str | None:
         """Why a record is edited by nobody."""
@@ -92,8 +95,13 @@ def wanted(protocol: ProtocolOptions, count: int) -> list[tuple[int, int]]:
     return [(1, i) for i in range(count)]
 
 
+def unedited_of(mllm: MLLM, protocol: ProtocolOptions) -> Unedited:
+    """What the unedited model says, as editors of a protocol need it."""
+    return Unedited(mllm, bool(protocol.compat), again=protocol.kind == "single")
+
+
 def ask_base(
-    mllm: MLLM, records: Sequence[EditRecord], protocol: ProtocolOptions, to: Path
+    unedited: Unedited, records: Sequence[EditRecord], protocol: ProtocolOptions, to: Path
 ) -> None:
     """Write a line about the unedited model for each record that has none."""
     journal = Journal(to)
@@ -104,39 +112,51 @@ def ask_base(
             chunk = records[start : start + size]
             if all(record.id in done for record in chunk):
                 continue
-            for record, found in zip(chunk, _base(mllm, chunk, protocol), strict=True):
+            for record, found in zip(chunk, _base(unedited, chunk, protocol), strict=True):
                 if record.id not in done:
                     journal.add({**head(record), **found})
                     bar.update()
 
 
-def run_row(bench: Bench, row: Row) -> None:
+def run_rows(bench: Bench, rows: Sequence[Row]) -> None:
     """Edit and score what is not on disk yet.
 
+    Where each record is edited by itself every editor edits it before the next one comes, so that
+    what they share is computed once.
+
     Raises:
-        RunError: the editor cannot be used on this model at all.
+        RunError: an editor cannot be used on this model at all.
     """
-    protocols = {"single": _single, "sequential": _sequential, "batch": _batch}
-    journal = Journal(row.folder / RECORDS)
+    for row in rows:
+        for leftover in row.folder.glob("*/.*.partial-*"):
+            shutil.rmtree(leftover)
+    if bench.protocol.kind == "single":
+        _single(bench, rows)
+        return
+    run = {"sequential": _sequential, "batch": _batch}[bench.protocol.kind]
     every = len(wanted(bench.protocol, len(bench.records)))
-    for leftover in row.folder.glob("*/.*.partial-*"):
-        shutil.rmtree(leftover)
-    with tqdm(total=every, initial=len(journal.lines), desc=row.name, disable=None) as bar:
-        protocols[bench.protocol.kind](bench, row, journal, bar)
+    for row in rows:
+        journal = Journal(row.folder / RECORDS)
+        with tqdm(total=every, initial=len(journal.lines), desc=row.name, disable=None) as bar:
+            run(bench, row, journal, bar)
 
 
-def _single(bench: Bench, row: Row, journal: Journal, bar: tqdm) -> None:
-    done = {line["record"] for line in journal.lines}
-    for number, record in enumerate(bench.records):
-        if record.id in done:
-            continue
-        made = _made(bench, row, None, [record])
-        line = row.line(record, 1) | made.line
-        if made.edit is not None:
-            _keep(bench, row, made.edit, f"{number:06d}")
-            line |= _scored(bench, [record], made.edit)[0]
-        journal.add(line)
-        bar.update()
+def _single(bench: Bench, rows: Sequence[Row]) -> None:
+    journals = {row.name: Journal(row.folder / RECORDS) for row in rows}
+    done = {(n, line["record"]) for n, journal in journals.items() for line in journal.lines}
+    every = len(bench.records) * len(rows)
+    with tqdm(total=every, initial=len(done), desc="edits", disable=None) as bar:
+        for number, record in enumerate(bench.records):
+            for row in rows:
+                if (row.name, record.id) in done:
+                    continue
+                made = _made(bench, row, None, [record])
+                line = row.line(record, 1) | made.line
+                if made.edit is not None:
+                    _keep(bench, row, made.edit, f"{number:06d}")
+                    line |= _scored(bench, [record], made.edit)[0]
+                journals[row.name].add(line)
+                bar.update()
 
 
 def _sequential(bench: Bench, row: Row, journal: Journal, bar: tqdm) -> None:
@@ -256,13 +276,14 @@ def _made(bench: Bench, row: Row, grown: Edit | None, records: Sequence[EditReco
     return _Made(edit, {"seconds": seconds, "edit": about})
 
 
-def _base(mllm: MLLM, chunk: Sequence[EditRecord], protocol: ProtocolOptions) -> list[Line]:
+def _base(unedited: Unedited, chunk: Sequence[EditRecord], protocol: ProtocolOptions) -> list[Line]:
     try:
-        return [{"probes": found} for found in base_outcomes(mllm, chunk, protocol.compat)]
+        outcomes = base_outcomes(unedited.mllm, chunk, protocol.compat, unedited)
+        return [{"probes": found} for found in outcomes]
     except Exception as error:
         if len(chunk) == 1:
             return [{"error": in_words(error)}]
-    return [line for record in chunk for line in _base(mllm, [record], protocol)]
+    return [line for record in chunk for line in _base(unedited, [record], protocol)]
 
 
 def _scored(bench: Bench, records: Sequence[EditRecord], edit: Edit | None) -> list[Line]:
@@ -271,7 +292,8 @@ def _scored(bench: Bench, records: Sequence[EditRecord], edit: Edit | None) -> l
         return []
     before: list[Found] = [bench.base[record.id]["probes"] for record in records]
     try:
-        found = edited_outcomes(bench.mllm, records, edit, before, bench.protocol.compat)
+        compat = bench.protocol.compat
+        found = edited_outcomes(bench.mllm, records, edit, before, compat, bench.unedited)
         return [{"probes": probes} for probes in found]
     except Exception as error:
         if _hopeless(error):

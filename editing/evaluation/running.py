@@ -14,7 +14,15 @@ import yaml
 from editing.config import EditConfig, row_document, to_yaml
 from editing.evaluation.journal import Journal, Line
 from editing.evaluation.page import write_pages
-from editing.evaluation.protocols import RECORDS, Bench, Row, ask_base, run_row, wanted
+from editing.evaluation.protocols import (
+    RECORDS,
+    Bench,
+    Row,
+    ask_base,
+    run_rows,
+    unedited_of,
+    wanted,
+)
 from editing.evaluation.summary import Report, summed_up
 from editing.loading import mllm_of, records_of
 from editing.methods.base import editor
@@ -82,13 +90,15 @@ def _run(
 ) -> dict[str, Line]:
     """Whatever is missing; a model is loaded only for that. Returns record id -> its base line."""
     missing = [row for row in rows.values() if not _finished(row, config, records)]
+    unedited = None
     if missing or not (root / MANIFEST).exists():
         mllm = mllm_of(config.model) if mllm is None else mllm
         if not (root / MANIFEST).exists():
             files = files_named_in(config.data)
             found = manifest(config.seed, str(mllm.device), files, sys.argv)
             write_json(root / MANIFEST, found)
-        ask_base(mllm, records, config.protocol, root / BASE)
+        unedited = unedited_of(mllm, config.protocol)
+        ask_base(unedited, records, config.protocol, root / BASE)
     base = {line["record"]: line for line in Journal(root / BASE).lines}
     if all("error" in line for line in base.values()):
         first = next(iter(base.values()))
@@ -98,9 +108,8 @@ def _run(
         )
     if missing:
         assert mllm is not None
-        bench = Bench(mllm, records, config.protocol, config.seed, base)
-        for row in missing:
-            run_row(bench, row)
+        assert unedited is not None
+        run_rows(Bench(mllm, records, config.protocol, config.seed, base, unedited), missing)
     return base
 
 

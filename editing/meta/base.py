@@ -116,6 +116,21 @@ class TrainedEditor(Editor):
     ) -> Edit:
         """The edit that this network, in eval mode, makes of requests; see `Editor.edit`."""
 
+    def successes(
+        self,
+        mllm: MLLM,
+        network: nn.Module,
+        records: Sequence[EditRecord],
+        generator: torch.Generator,
+    ) -> int:
+        """How many requests an edit made of all of them answers: the target, written greedily."""
+        from editing.meta.losses import hits
+
+        requests = [record.request for record in records]
+        with self.edit_with(mllm, network, requests, generator).applied(mllm, strict=False):
+            batch = mllm.batch(requests)
+            return hits(batch, mllm.answer_logits(batch))
+
     def groups(self, network: nn.Module) -> list[dict[str, Any]]:
         """What is trained, as the groups of torch's optimisers; one may set its own `lr`."""
         return [{"params": [p for p in network.parameters() if p.requires_grad]}]

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field
 
 from editing.config import EditDataOptions, EditModelOptions
-from editing.ranges import Count, Seed
+from editing.ranges import Count, NotNegative, Seed
 from mmtune.config import checked, name_of, plain, read_config, section
 from mmtune.suggestions import did_you_mean
 from mmtune.yaml_source import ConfigError, YamlSource, listed
@@ -49,6 +49,7 @@ class MetaTrainingOptions:
         patience: validations in a row without a lower loss that end the training; 0 never does.
         log_every: steps between lines of metrics.jsonl.
         save_every: steps between checkpoints, of which the newest is kept; 0 writes none.
+        seconds: wall time after which no step is begun; 0 sets no limit.
     """
 
     steps: Count = 50_000
@@ -61,6 +62,7 @@ class MetaTrainingOptions:
     patience: Annotated[int, Field(ge=0)] = 5
     log_every: Count = 50
     save_every: Annotated[int, Field(ge=0)] = 500
+    seconds: NotNegative = 0.0
 
 
 @dataclass(frozen=True)

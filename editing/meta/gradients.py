@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,25 @@ def matrices_of(mllm: MLLM, region: RegionName | Region) -> dict[str, nn.Paramet
     return found
 
 
+def each_gradient_rows(
+    mllm: MLLM, weights: Mapping[str, Tensor], requests: Sequence[EditRequest]
+) -> list[dict[str, Rows]]:
+    """`gradient_rows` of every request alone, of all in one pass.
+
+    Args:
+        mllm: the model, edits possibly applied.
+        weights: by name, of the language model: what reads rows as they were asked.
+        requests: at least one.
+    """
+    found: list[dict[str, Rows]] = [{} for _ in requests]
+    for numbers, name, x, delta in _captured(mllm, weights, requests):
+        # Some families flatten rows and tokens to one dimension.
+        parts = zip(*(part.unflatten(0, (len(numbers), -1)) for part in (x, delta)), strict=True)
+        for number, part in zip(numbers, parts, strict=True):
+            found[number][name] = nonzero_rows(*part)
+    return found
+
+
 def gradient_rows(
     mllm: MLLM, weights: Mapping[str, Tensor], requests: Sequence[EditRequest]
 ) -> dict[str, Rows]:
@@ -57,23 +76,32 @@ def gradient_rows(
     Raises:
         ValueError: a request without an image, where the region sees images only.
     """
-    layers = {name: mllm.model.get_submodule(name.rpartition(".")[0]) for name in weights}
     found: dict[str, list[Rows]] = {name: [] for name in weights}
-    for bare in (False, True):  # a layer runs once for those with an image, once for the others
-        same = [request for request in requests if (request.image is None) == bare]
-        for start in range(0, len(same), TOGETHER):
-            batch = mllm.batch(same[start : start + TOGETHER])
-            with torch.enable_grad(), captured(layers) as rows:
-                loss = mllm.nll(batch).sum()
-            if idle := [name for name in layers if name not in rows.outputs]:
-                raise ValueError(
-                    f"{idle[0]} takes no part in an answer to {same[start].question!r:.80}"
-                    f"{' (which has no image)' if bare else ''}: choose another region for this "
-                    "edit, such as language"
-                )
-            for name, (x, delta) in rows.rows(loss).items():
-                found[name].append(nonzero_rows(x, delta))
+    for _, name, x, delta in _captured(mllm, weights, requests):
+        found[name].append(nonzero_rows(x, delta))
     return {
         name: (torch.cat([x for x, _ in parts]), torch.cat([delta for _, delta in parts]))
         for name, parts in found.items()
     }
+
+
+def _captured(
+    mllm: MLLM, weights: Mapping[str, Tensor], requests: Sequence[EditRequest]
+) -> Iterator[tuple[list[int], str, Tensor, Tensor]]:
+    """(numbers of requests, weight, x, delta) of each pass, as the layers read and gave them."""
+    layers = {name: mllm.model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    for bare in (False, True):  # a layer runs once for those with an image, once for the others
+        same = [i for i, request in enumerate(requests) if (request.image is None) == bare]
+        for start in range(0, len(same), TOGETHER):
+            numbers = same[start : start + TOGETHER]
+            batch = mllm.batch([requests[i] for i in numbers])
+            with torch.enable_grad(), captured(layers) as rows:
+                loss = mllm.nll(batch).sum()
+            if idle := [name for name in layers if name not in rows.outputs]:
+                raise ValueError(
+                    f"{idle[0]} takes no part in an answer to {requests[numbers[0]].question!r:.80}"
+                    f"{' (which has no image)' if bare else ''}: choose another region for this "
+                    "edit, such as language"
+                )
+            for name, (x, delta) in rows.rows(loss).items():
+                yield numbers, name, x, delta

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from editing.batches import probe_of
+from editing.batches import Batch, probe_of
+from editing.meta.apart import each_changed
 from editing.metrics.locality import kl
 from editing.ranges import NotNegative
 
 if TYPE_CHECKING:
+    from editing.changes import LowRank
     from editing.mllm import MLLM
     from editing.requests import EditRecord, Probe
 
@@ -49,64 +51,122 @@ CHANGED = ("edit", "text_generality", "image_generality")
 KEPT = ("text_locality", "image_locality")
 
 
+class _Asked(NamedTuple):
+    """A probe of one kind, of the record of that number."""
+
+    kind: str
+    owner: int
+    probe: Probe
+
+
+@dataclass(frozen=True)
+class Together:
+    """One edit of all records.
+
+    Attributes:
+        weights: the parameters that it changes, after it; differentiated through.
+    """
+
+    weights: Mapping[str, Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that change."""
+        return list(self.weights)
+
+    def batches(self, asked: Sequence[_Asked]) -> list[list[_Asked]]:
+        """What is computed at once."""
+        return [list(asked)] if asked else []
+
+    def around(self, model: nn.Module, asked: Sequence[_Asked]) -> AbstractContextManager[None]:
+        """Inside, a batch of these is edited but for `weights`."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Apart:
+    """An edit of each record alone, see `each_changed`.
+
+    Attributes:
+        changes: of each record; differentiated through.
+    """
+
+    changes: Sequence[Mapping[str, LowRank]]
+    weights: None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that change."""
+        return list(self.changes[0])
+
+    def batches(self, asked: Sequence[_Asked]) -> list[list[_Asked]]:
+        """What is computed at once: with an image or without, by record."""
+        ordered = sorted(asked, key=lambda one: one.owner)
+        split = [[a for a in ordered if (a.probe.image is None) == bare] for bare in (False, True)]
+        return [some for some in split if some]
+
+    def around(self, model: nn.Module, asked: Sequence[_Asked]) -> AbstractContextManager[None]:
+        """Inside, a batch of these is edited, each row by its own record's edit."""
+        owners = [one.owner for one in asked]
+        return each_changed(model, self.changes, [*map(owners.count, range(len(self.changes)))])
+
+
 def edit_losses(
-    mllm: MLLM,
-    records: Sequence[EditRecord],
-    edited: Mapping[str, Tensor],
-    counts: LossWeights,
+    mllm: MLLM, records: Sequence[EditRecord], edited: Together | Apart, counts: LossWeights
 ) -> dict[str, Tensor]:
-    """The weighted losses of one edit that is made of all these records' requests.
+    """The weighted losses of records under one edit of them all, or each under its own.
 
     Each is a mean over probes of a mean over the answer's tokens and its end token. The released
     code takes the KL over all positions, of prompt and image too.
 
     Args:
         mllm: the model, unedited.
-        records: whose requests the edit answers.
-        edited: the parameters that it changes, after it; differentiated through.
+        records: whose requests are edited.
+        edited: by what.
         counts: see `LossWeights`.
 
     Returns:
         Loss by kind; kinds that no record has, or that count nothing, are left out.
     """
 
-    def changed(probes: Sequence[Probe]) -> Tensor:
-        return mllm.nll(mllm.batch(probes), edited)
+    def changed(asked: Sequence[_Asked]) -> Tensor:
+        batch = mllm.batch([one.probe for one in asked])
+        with edited.around(mllm.model, asked):
+            return mllm.nll(batch, edited.weights)
 
-    def kept(probes: Sequence[Probe]) -> Tensor:
-        batch = mllm.cached(mllm.batch(probes), edited)
+    def kept(asked: Sequence[_Asked]) -> Tensor:
+        batch = mllm.cached(mllm.batch([one.probe for one in asked]), edited.names)
+        if edited.weights is None:
+            batch = batch.in_rows()  # which both passes then share
         with torch.no_grad():
             before = mllm.answer_logits(batch)
-        apart = kl(before, mllm.answer_logits(batch, edited)) * batch.target_mask
+        with edited.around(mllm.model, asked):
+            after = mllm.answer_logits(batch, edited.weights)
+        apart = kl(before, after) * batch.target_mask
         return apart.sum(1) / batch.target_mask.sum(1)
 
-    return {
-        kind: getattr(counts, kind) * value
-        for kinds, measure in ((CHANGED, changed), (KEPT, kept))
-        for kind, value in _means(_probes(records, kinds, counts), measure).items()
-    }
+    found: dict[str, list[Tensor]] = {}
+    for kinds, measure in ((CHANGED, changed), (KEPT, kept)):
+        for asked in edited.batches(_asked(records, kinds, counts)):
+            for one, value in zip(asked, measure(asked), strict=True):
+                found.setdefault(one.kind, []).append(value)
+    order = [kind for kind in (*CHANGED, *KEPT) if kind in found]
+    return {kind: getattr(counts, kind) * torch.stack(found[kind]).mean() for kind in order}
 
 
-def _probes(
+def hits(batch: Batch, logits: Tensor) -> int:
+    """How many targets are written greedily: each token is the likeliest behind those before."""
+    right = logits.argmax(-1) == batch.target_ids
+    return int((right | (batch.target_mask == 0)).all(1).sum())
+
+
+def _asked(
     records: Sequence[EditRecord], kinds: Sequence[str], counts: LossWeights
-) -> list[tuple[str, Probe]]:
-    """(kind, probe), sorted by kind."""
+) -> list[_Asked]:
     return [
-        (kind, probe)
+        _Asked(kind, number, probe)
         for kind in kinds
         if getattr(counts, kind)
-        for record in records
+        for number, record in enumerate(records)
         for probe in ([probe_of(record.request)] if kind == "edit" else getattr(record, kind))
     ]
-
-
-def _means(
-    probes: Sequence[tuple[str, Probe]], measure: Callable[[Sequence[Probe]], Tensor]
-) -> dict[str, Tensor]:
-    """The mean of what is measured, [n] for all probes at once, by kind."""
-    if not probes:
-        return {}
-    values = measure([probe for _, probe in probes])
-    sizes = {kind: len(list(group)) for kind, group in groupby(probes, lambda one: one[0])}
-    parts = values.split(list(sizes.values()))
-    return {kind: part.mean() for kind, part in zip(sizes, parts, strict=True)}

@@ -138,14 +138,18 @@ class _Training:
         return self._finish()
 
     def _done(self) -> bool:
-        return self.state.step >= self.options.steps or self._tired()
+        return self._over() or self._tired()
+
+    def _over(self) -> bool:
+        late = 0 < self.options.seconds <= self.state.seconds
+        return late or self.state.step >= self.options.steps
 
     def _tired(self) -> bool:
         return 0 < self.options.patience <= self.state.stale
 
     def _after_step(self) -> None:
         step, options = self.state.step, self.options
-        if step % options.validate_every == 0 or step == options.steps:
+        if step % options.validate_every == 0 or self._over():
             self._validate()
         done = self._done()
         if step % options.log_every == 0 or done:
@@ -287,22 +291,6 @@ def validate(
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += float(value) * len(some)
             total[1] += len(some)
-        said += _successes(editor, mllm, trained, some, generator)
+        said += editor.successes(mllm, trained.network, some, generator)
     means = {name: total / count for name, (total, count) in sums.items()}
     return {"loss": sum(means.values()), **means, "success": said / len(records)}
-
-
-def _successes(
-    editor: TrainedEditor,
-    mllm: MLLM,
-    trained: Trained,
-    records: Sequence[EditRecord],
-    generator: torch.Generator,
-) -> int:
-    """Requests that the edit made of all of them answers: written greedily, that is the target."""
-    requests = [record.request for record in records]
-    edit = editor.edit_with(mllm, trained.network, requests, generator)
-    with edit.applied(mllm, strict=False):
-        batch = mllm.batch(requests)
-        right = mllm.answer_logits(batch).argmax(-1) == batch.target_ids
-    return int((right | (batch.target_mask == 0)).all(1).sum())

@@ -130,7 +130,12 @@ def null_space(new: Tensor, earlier: Tensor, ridge: float) -> Tensor:
 
 
 class AlphaEdit(Spread):
-    """AlphaEdit: the keys of all AlphaEdit edits that are applied while one is made are kept."""
+    """AlphaEdit: the keys of all AlphaEdit edits that are applied while one is made are kept.
+
+        W <- W + R K^T P (Kp Kp^T P + K K^T P + l)^-1,    R = (z - h) / (layers left)
+
+    Numbers changed: all of each layer's fc2, by a matrix of rank n for n requests.
+    """
 
     name: ClassVar[str] = "alphaedit"
     summary: ClassVar[str] = "MEMIT within the null space of what the model usually looks up"

@@ -155,7 +155,13 @@ class _Editing(Editor):
 
 
 class FineTune(_Editing):
-    """FT: every number of the region is free."""
+    """FT: every number of the region is free.
+
+        W <- W + D,    D by AdamW, from 0, on the mean over requests and tokens of their targets of
+                       -log p(y_t | x, y_1 .. y_t-1; W + D)
+
+    Numbers changed: all of the region's, each of its own.
+    """
 
     name: ClassVar[str] = "ft"
     summary: ClassVar[str] = "fine-tuning of a region, until the target is what the model writes"
@@ -173,7 +179,12 @@ class FineTune(_Editing):
 
 
 class ConstrainedFineTune(FineTune):
-    """FT-L: no number moves further than a bound (the L-infinity norm of the change)."""
+    """FT-L: no number moves further than a bound (the L-infinity norm of the change).
+
+        W <- W + D,    D as FT has it, and D <- min(max(D, -bound), bound) after every step
+
+    Numbers changed: all of the region's, each of its own.
+    """
 
     name: ClassVar[str] = "ft-l"
     summary: ClassVar[str] = "fine-tuning in which no number moves further than a bound"
@@ -186,7 +197,12 @@ class ConstrainedFineTune(FineTune):
 
 
 class LoraEdit(_Editing):
-    """A change of low rank: the factors are trained, and the edit keeps them."""
+    """A change of low rank: the factors are trained, and the edit keeps them.
+
+        W <- W + (alpha / rank) B A,    A drawn, B from 0; both by AdamW on the loss of FT
+
+    Numbers changed: all of the region's matrices, by rank (d_in + d_out) numbers for each.
+    """
 
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "fine-tuning of a region by a change of low rank"

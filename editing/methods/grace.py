@@ -218,7 +218,13 @@ class GraceEdit(InsideEdit):
 
 
 class Grace(GrowingEditor):
-    """Adds an edit to a codebook, by its rules, and fits the edit's value."""
+    """Adds an edit to a codebook, by its rules, and fits the edit's value.
+
+        h(x) = value_i    where |q(x) - key_i| <= radius_i, i the nearest key to the query q(x)
+               layer(x)   elsewhere
+
+    Numbers changed: none of the model's; an edit adds a key [c], a value [d] and a radius at most.
+    """
 
     name: ClassVar[str] = "grace"
     summary: ClassVar[str] = "a codebook at one layer: near a stored key, the stored state counts"

@@ -207,7 +207,12 @@ class InFront(Interceptor):
 
 
 class Ike(Editor):
-    """In-context editing."""
+    """In-context editing.
+
+        p(y | x)  becomes  p(y | demonstration_k, .., demonstration_1, new fact, x)
+
+    Numbers changed: none; the prompt grows by the fact and at most k demonstrations.
+    """
 
     name: ClassVar[str] = "ike"
     summary: ClassVar[str] = "the new fact and demonstrations in the prompt; weights untouched"

@@ -13,9 +13,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from editing.batches import probe_of
 from editing.changes import Change, LowRank
 from editing.features import features_of
-from editing.meta.gradients import gradient_rows
+from editing.meta.gradients import Rows, gradient_rows
 from editing.meta.weights import TrainedWeightEditor, TrainedWeightOptions
-from editing.ranges import Count, Positive
+from editing.ranges import Count, NotNegative, Positive
 
 if TYPE_CHECKING:
     from editing.mllm import MLLM
@@ -30,13 +30,17 @@ class KeOptions(TrainedWeightOptions):
         encoder: width of each direction of the LSTM.
         condition: width of what is known of an edit.
         hidden: width of each weight's own layer.
-        scale: no gate is wider open than this.
+        scale: no gate is wider open than this. A softmax over n outputs leaves 1 / n of the
+            gradient on average, so that a scale far below n lets next to nothing through.
+        start: untrained it is a step of this length down the gradient; 0 begins at random, as the
+            released code does.
     """
 
     encoder: Count = 256
     condition: Count = 768
     hidden: Count = 512
     scale: Positive = 1.0
+    start: NotNegative = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,18 @@ class Gate(nn.Module):
             nn.Tanh(),
             weight_norm(nn.Linear(settings.hidden, sum(self.sizes))),
         )
+        if settings.start:
+            self._descend(settings.start)
+
+    @torch.no_grad()
+    def _descend(self, rate: float) -> None:
+        """Begin with g = -2 rate out / scale, e = 0 and even a and b, whatever the edit is."""
+        outputs = self.sizes[0]
+        last: Any = self.layers[-1]
+        lengths = last.parametrizations.weight.original0  # of the rows; zero lengths can grow
+        lengths.zero_()
+        last.bias.zero_()
+        last.bias.split(self.sizes)[1].fill_(-2 * rate * outputs / self.scale)
 
     def forward(self, condition: Tensor, x: Tensor, delta: Tensor) -> LowRank:
         """From [c], [n, in] and [n, out]."""
@@ -141,7 +157,11 @@ class KeNetwork(nn.Module):
 
 
 class Ke(TrainedWeightEditor):
-    """W <- W + sigmoid(eta) * (G * softmax(a) g^T + softmax(b) e^T), see `Gate`.
+    """A gated gradient and a matrix of rank one, by a network that has read the edit (see `Gate`).
+
+        W <- W + scale sigmoid(eta) (G * softmax(a) g^T + softmax(b) e^T),    G the gradient
+
+    Numbers changed: all of the region's matrices, by a change of rank 1 + tokens for each request.
 
     Differs from the released code: the encoder reads the question and the target as the model's
     own frozen embeddings, scaled to unit variance, and the image, where theirs embeds "old answer
@@ -160,14 +180,19 @@ class Ke(TrainedWeightEditor):
         width = _embedding(mllm).weight.shape[1]
         return KeNetwork(width, shapes, self.settings, generator)
 
+    def change(
+        self, mllm: MLLM, network: nn.Module, request: EditRequest, rows: Mapping[str, Rows]
+    ) -> dict[str, LowRank]:
+        return network(_read(mllm, request), rows)
+
     def changes(
         self, mllm: MLLM, network: nn.Module, requests: Sequence[EditRequest]
     ) -> dict[str, Change]:
         found: dict[str, Change] = {}
         weights = self.weights(mllm)
         for request in requests:
-            made = network(_read(mllm, request), gradient_rows(mllm, weights, [request]))
-            for name, change in made.items():
+            rows = gradient_rows(mllm, weights, [request])
+            for name, change in self.change(mllm, network, request, rows).items():
                 found[name] = found[name].then(change) if name in found else change
         return found
 

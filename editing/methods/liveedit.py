@@ -37,7 +37,7 @@ from editing.inside import (
 )
 from editing.methods.growing import GrowingEditor
 from editing.methods.memory import Memory, on
-from editing.ranges import Certainty, Cosine, Count, Positive
+from editing.ranges import Certainty, Cosine, Count, NotNegative, Positive
 
 if TYPE_CHECKING:
     from editing.edits import Edit
@@ -55,7 +55,12 @@ class LiveEditOptions:
         layer: of the language model, counted from the input, negative from the end; None takes one
             at 68 % of its depth.
         rank: of an expert.
-        image_above: cosine of two images' features from which they count as about the same.
+        image_above: cosine of two images' features from which they count as about the same. Where
+            features tell things apart badly it must be near 1: an edit knows its own image then,
+            and hardly another of the same thing.
+        image_margin: experts whose images are further from the question's than the nearest one's,
+            by more than this in cosine, are left out: what was asked about an image that was
+            edited goes to the edits of that image, however many others are near it.
         words_above: the same of two questions' words, where the images are about the same.
         alone_above: the same for an edit without an image, which nothing else keeps to itself.
         temperature: of the softmax over the cosines of words; small ones let the nearest win.
@@ -70,6 +75,7 @@ class LiveEditOptions:
     layer: int | None = None
     rank: Count = 4
     image_above: Cosine = 0.99
+    image_margin: NotNegative = 0.005
     words_above: Cosine = 0.8
     alone_above: Cosine = 0.98
     temperature: Positive = 0.02
@@ -97,6 +103,7 @@ class Router:
     alone_above: float
     temperature: float
     experts: int
+    image_margin: float = 2.0  # of all cosines; edits that were saved before it have none
 
     def mixture(self, asked: Features, stored: Features) -> tuple[Tensor, Tensor]:
         """The experts of k questions among n.
@@ -110,6 +117,8 @@ class Router:
         # Questions without words (captions) are alike.
         words = torch.where((asked.words == 0).all(1)[:, None], _no_words(stored), words)
         about = asked.seen[:, None] & (images >= self.image_above) & (words >= self.words_above)
+        nearest = images.masked_fill(~about, -torch.inf).amax(1, keepdim=True)
+        about &= images >= nearest - self.image_margin
         fits = torch.where(stored.seen, about, words >= self.alone_above)
         found = words.masked_fill(~fits, -torch.inf).topk(min(self.experts, words.shape[1]))
         weights = (found.values / self.temperature).softmax(1).nan_to_num(0.0)
@@ -150,7 +159,7 @@ class _Acting(Acting):
         if not len(self.stored.words):
             return
         with asleep(self.mllm):
-            asked = features_of(self.mllm, passing.batch.probes, normed=True)
+            asked = features_of(self.mllm, passing.batch.probes)
         index, weights = self.router.mixture(asked, self.stored)
         if weights.any():
             passing.route = index, weights
@@ -255,7 +264,14 @@ class LiveEdit(InsideEdit):
 
 
 class LiveEditor(GrowingEditor):
-    """Fits one expert to each request."""
+    """Fits one expert to each request.
+
+        h <- h + sum_i w_i relu(norm(h) U_i^T) V_i,    w = softmax_i(cos(words, words_i) / T)
+
+    with i over the experts that hard routing lets through.
+
+    Numbers changed: none of the model's; an edit adds an expert of 2 r d.
+    """
 
     name: ClassVar[str] = "liveedit"
     summary: ClassVar[str] = "a low-rank expert for each edit, found by its image and its words"
@@ -267,7 +283,9 @@ class LiveEditor(GrowingEditor):
         nothing = torch.zeros(0, self.settings.rank, site.width)
         features = Features(nothing[:, 0], nothing[:, 0], torch.zeros(0, dtype=torch.bool))
         s = self.settings
-        router = Router(s.image_above, s.words_above, s.alone_above, s.temperature, s.experts)
+        router = Router(
+            s.image_above, s.words_above, s.alone_above, s.temperature, s.experts, s.image_margin
+        )
         made_on = fingerprint(mllm, _weight(mllm, site.path))
         experts = Experts(nothing, nothing)
         return LiveEdit(site.path, experts, Memory((), features), router, made_on)
@@ -282,7 +300,7 @@ class LiveEditor(GrowingEditor):
         if not isinstance(edit, LiveEdit):
             raise TypeError(f"expected experts to go on from, got a {edit.kind} edit")
         with asleep(mllm):
-            features = on(features_of(mllm, requests, normed=True), torch.device("cpu"))
+            features = on(features_of(mllm, requests), torch.device("cpu"))
         every, n = Memory(tuple(Fact(r.question) for r in requests), features), len(requests)
         rows = [i for i in range(n) if not every.repeated(i, every, range(i + 1, n))]
         asked = [requests[i] for i in rows]

@@ -49,7 +49,6 @@ class SpreadValueOptions(ValueOptions):
     A layer puts out more than its MLP does, so that less of it may change.
     """
 
-    lr: Positive = 0.1
     clamp: Positive = 0.75
     decay: NotNegative = 0.5
 
@@ -176,7 +175,12 @@ def _at_present(
 
 
 class Memit(Spread):
-    """MEMIT."""
+    """MEMIT, one layer after the other.
+
+        W <- W + R K^T (l C + K K^T)^-1,    R = (z - h) / (layers left)
+
+    Numbers changed: all of each layer's fc2, by a matrix of rank n for n requests.
+    """
 
     name: ClassVar[str] = "memit"
     summary: ClassVar[str] = "many keys and values written into several layers in closed form"

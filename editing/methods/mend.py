@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from editing.changes import Change, LowRank
-from editing.meta.gradients import gradient_rows
+from editing.meta.gradients import Rows, gradient_rows
 from editing.meta.weights import TrainedWeightEditor, TrainedWeightOptions
 from editing.methods.mend_transform import (
     RANK,
@@ -96,7 +96,11 @@ def _key(shape: Sequence[int]) -> str:
 
 
 class Mend(TrainedWeightEditor):
-    """dW = -rate * sum over tokens of outer(delta~, x~), see `mend_transform`.
+    """An update of low rank, by a network that reads the gradient's factors; see `mend_transform`.
+
+        W <- W - rate sum_t delta~_t x~_t^T,    (x~_t, delta~_t) = network(x_t, delta_t), t tokens
+
+    Numbers changed: all of the region's matrices, by a change of the rank of the tokens.
 
     The requests of one edit add up: it is the sum of the edits that each would be alone.
 
@@ -120,6 +124,11 @@ class Mend(TrainedWeightEditor):
             {"params": rest},
             {"params": [rates], "lr": self.settings.rate_lr, "weight_decay": 0.0},
         ]
+
+    def change(
+        self, mllm: MLLM, network: nn.Module, request: EditRequest, rows: Mapping[str, Rows]
+    ) -> dict[str, LowRank]:
+        return {name: network(name, *own) for name, own in rows.items()}
 
     def changes(
         self, mllm: MLLM, network: nn.Module, requests: Sequence[EditRequest]

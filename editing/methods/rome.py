@@ -57,7 +57,12 @@ def rank_one(shift: Tensor, key: Tensor, direction: Tensor) -> LowRank:
 
 
 class Rome(ClosedForm):
-    """ROME; several requests are written one after the other."""
+    """ROME; several requests are written one after the other.
+
+        W <- W + (v* - W k) (C^-1 k)^T / (k^T C^-1 k)
+
+    Numbers changed: all of one layer's fc2, by a matrix of rank 1 for each request.
+    """
 
     name: ClassVar[str] = "rome"
     summary: ClassVar[str] = "one key and value written into one layer's MLP in closed form"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -26,7 +26,7 @@ from editing.methods.serac_memory import Fact, Mix, Read, Rules, SeracEdit, read
 from editing.methods.serac_network import Adapter, FixedScope, SeracNetwork, TrainedScope
 from editing.methods.serac_scope import HARD
 from editing.methods.serac_training import counterfactual_losses, scope_loss
-from editing.ranges import Count, Share
+from editing.ranges import Count, Positive, Share
 from editing.regions import Region, RegionName
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class SeracOptions(TrainedOptions):
         region: where the counterfactual model's change of low rank sits, when it is trained.
         rank: of that change; 0 trains the scope alone.
         width: of the scope's projections.
+        scope_lr: the learning rate of the scope. Where it is large, the images of training are told
+            apart by what tells no others apart.
         scope: "question" reads what is asked; "reference" its right answer too, as the released
             code does, by which it is told what it is to find out. For comparisons only.
         mix: "hard" takes the counterfactual answer where the similarity is above `above`, and
@@ -62,6 +64,7 @@ class SeracOptions(TrainedOptions):
     region: RegionName | Region = "language"
     rank: Annotated[int, Field(ge=0)] = 8
     width: Count = 128
+    scope_lr: Positive = 1e-4
     scope: Read = "question"
     mix: Mix = "hard"
     above: Annotated[float, Field(ge=0, lt=1)] = HARD
@@ -71,7 +74,13 @@ class SeracOptions(TrainedOptions):
 
 
 class Serac(TrainedEditor):
-    """Cached edits, each question answered by the one that it is about."""
+    """Cached edits, each question answered by the one that it is about.
+
+        p(y | x)  becomes  counterfactual(y | edit i, x)    where similarity(x, edit i) > above,
+                                                            i the edit most like x
+
+    Numbers changed: none of the model's; an edit adds its text and the features of its question.
+    """
 
     name: ClassVar[str] = "serac"
     summary: ClassVar[str] = "a memory of edits, a scope for each, and a counterfactual model"
@@ -101,6 +110,12 @@ class Serac(TrainedEditor):
             fixed = FixedScope(self.settings.words_near, self.settings.image_near)
             self._networks[mllm.model] = SeracNetwork(fixed).eval()
         return super().network(mllm)
+
+    def groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        serac = cast(SeracNetwork, network)
+        rest = [] if serac.adapter is None else list(serac.adapter.parameters())
+        scope = {"params": list(serac.scope.parameters()), "lr": self.settings.scope_lr}
+        return [scope, {"params": rest}] if rest else [scope]
 
     def losses(
         self,

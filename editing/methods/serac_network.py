@@ -27,10 +27,11 @@ ADAPTER = "adapter."
 
 
 class Projection(nn.Module):
-    """Standardised features, projected: W (x - mean) / std.
+    """Standardised features of one length, projected: W z sqrt(d) / |z|, z = (x - mean) / std.
 
     Mean and deviation are those of all features seen in training: states of a language model have
-    a few directions that are large and tell nothing.
+    a few directions that are large and tell nothing. Of one length, what is unlike everything seen
+    in training is as near to its like as what is common.
 
     Args:
         width: d of the features.
@@ -51,8 +52,8 @@ class Projection(nn.Module):
             return features.to(self.weight) @ self.weight.T
         std = self.statistics.std
         std = std.clamp(min=max(FLOOR * float(std.mean()), 1e-12))
-        exact = (features.to(std) - self.statistics.mean) / std
-        return exact.to(self.weight) @ self.weight.T
+        exact = F.normalize((features.to(std) - self.statistics.mean) / std, dim=-1)
+        return math.sqrt(exact.shape[-1]) * exact.to(self.weight) @ self.weight.T
 
 
 class TrainedScope(nn.Module):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 NEAREST = 1e-6  # distance of something out of scope below which its loss grows no more
 CHANGED = ("edit", "text_generality", "image_generality")
 KEPT = ("text_locality", "image_locality")
+WORDED, SEEN, NEAR, OTHER, SKIPPED = range(5)  # of questions to the scope, see `_classes`
+INSIDE, OUTSIDE = (WORDED, SEEN), (NEAR, OTHER)
 
 
 @dataclass
@@ -32,16 +34,17 @@ class _Questions:
         words: numbers among the probes.
         images: the same.
         owner: number of the record that a question comes from.
-        kind: "in" scope of its owner's edit; "near", out of it though the record has it for that;
-            "other", one of two edits' words about the other's image.
+        kind: WORDED or SEEN, in scope of its owner's edit, in other words or of another image;
+            NEAR, out of it though the record has it for that; OTHER, two edits' words and image;
+            SKIPPED, the edit itself.
     """
 
     words: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     owner: list[int] = field(default_factory=list)
-    kind: list[str] = field(default_factory=list)
+    kind: list[int] = field(default_factory=list)
 
-    def add(self, words: int, image: int, owner: int, kind: str) -> None:
+    def add(self, words: int, image: int, owner: int, kind: int) -> None:
         self.words.append(words)
         self.images.append(image)
         self.owner.append(owner)
@@ -55,8 +58,9 @@ def scope_loss(
 
     In scope of an edit: its other wordings and other images of its thing. Out of scope: its
     locality questions, what belongs to other edits, its words about another edit's image, and
-    another edit's words about its image. In scope, the record's own out of scope, and the rest
-    count the same.
+    another edit's words about its image. What is in scope and what is not count the same, and so do
+    the kinds of each: other words and other images, the record's own and the rest. The edit itself
+    is in scope whatever is learned.
 
     Args:
         mllm: the model.
@@ -79,9 +83,9 @@ def scope_loss(
 def _own_questions(records: Sequence[EditRecord], probes: list[Probe | EditRequest]) -> _Questions:
     """Those that the records hold; adds their probes to `probes`."""
     asked = _Questions()
-    kinds = dict.fromkeys(CHANGED[1:], "in") | dict.fromkeys(KEPT, "near")
+    kinds = dict(zip(CHANGED[1:], INSIDE, strict=True)) | dict.fromkeys(KEPT, NEAR)
     for number, record in enumerate(records):
-        asked.add(number, number, number, "in")
+        asked.add(number, number, number, SKIPPED)
         for name, kind in kinds.items():
             for probe in getattr(record, name):
                 asked.add(len(probes), len(probes), number, kind)
@@ -94,25 +98,27 @@ def _crossed(records: Sequence[EditRecord], asked: _Questions) -> None:
     for a, first in enumerate(records):
         for b, second in enumerate(records):
             if a != b and first.request.image is not None and second.request.image is not None:
-                asked.add(a, b, a, "other")
+                asked.add(a, b, a, OTHER)
 
 
 def _classes(
     records: Sequence[EditRecord], probes: Sequence[Probe | EditRequest], asked: _Questions
 ) -> Tensor:
-    """[m, n] by question and edit: 0 in scope, 1 near, 2 other, -1 for neither in nor out."""
+    """[m, n] by question and edit: how it counts, SKIPPED for what is an edit itself."""
     edits = [(record.request.question, record.request.image) for record in records]
-    found = torch.full((len(asked.words), len(edits)), 2)
+    found = torch.full((len(asked.words), len(edits)), OTHER)
     for row, (w, i, owner, kind) in enumerate(
         zip(asked.words, asked.images, asked.owner, asked.kind, strict=True)
     ):
         what = probes[w].question, probes[i].image
         for column, edit in enumerate(edits):
             # Two records may hold one edit, or words that many edits share (captions).
-            if what == edit or (kind == "in" and edits[owner] == edit):
-                found[row, column] = 0 if kind == "in" else -1
-        if kind == "near" and found[row, owner] == 2:
-            found[row, owner] = 1
+            if what == edit:
+                found[row, column] = SKIPPED
+            elif kind in INSIDE and edits[owner] == edit:
+                found[row, column] = kind
+        if kind == NEAR and found[row, owner] == OTHER:
+            found[row, owner] = NEAR
     return found
 
 
@@ -120,9 +126,12 @@ def _cross_entropy(log_similarity: Tensor, classes: Tensor) -> Tensor:
     distance = -log_similarity
     # log(1 - exp(-d)) has no gradient at d = 0, which two equal questions would have.
     outside = -torch.log(-torch.expm1(-distance.clamp(min=NEAREST)))
-    losses = torch.where(classes == 0, distance, outside)
-    means = [losses[classes == one].mean() for one in (0, 1, 2) if bool((classes == one).any())]
-    return torch.stack(means).mean()
+    sides = []
+    for kinds, losses in ((INSIDE, distance), (OUTSIDE, outside)):
+        found = [losses[classes == one].mean() for one in kinds if bool((classes == one).any())]
+        if found:
+            sides.append(torch.stack(found).mean())
+    return torch.stack(sides).mean() if sides else distance.sum() * 0
 
 
 def counterfactual_losses(

@@ -8,8 +8,8 @@ the most active one is retrieved.
 Source: Wang et al., WISE, arXiv 2405.14768. The released code routes anew at every token, averages
 over the answer's tokens too (which tells it the answer) and compares activations behind another
 non-linearity; here the prompt decides, once, by the paper's equation 2. Unrelated prompts are fixed
-questions instead of a data set's locality questions, with no image and with those of the edits. Its
-replay of earlier edits is left out.
+questions and those of records, where these are given. The replay of earlier edits is left out: a
+shard that is filled edit by edit forgets, one edit a shard (`shard_size` 1) does not.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from editing.changes import added, exact_dtype
+from editing.datasets import load_records
 from editing.edits import joined
 from editing.fingerprints import Fingerprint
 from editing.fitting import chunks, says, target_losses
@@ -66,10 +67,17 @@ class WiseOptions:
         beta: activation that edits are to reach.
         gamma: by how much edits are to be above unrelated prompts.
         ratio: share of the edits' least activation from which a question goes to the side memory.
-        unrelated: questions that must not.
-        optimiser: "sgd" as released, whose steps are as small as the model's gradients, or "adam".
+        unrelated: questions that must not, asked alone, and about the images of the edits where
+            there are no `records`.
+        records: a .json file of edit records, others than those that will be edited, whose
+            questions about their images must not go there either. Without, all that is known of
+            other images is that other questions about the same image do not count: rephrases are
+            kept out with them, and questions about other images get in.
+        examples: how many of these records, the first ones, are read.
+        optimiser: "sgd" as released, whose steps are as small as the model's gradients: small
+            models hardly move in 70 of them. "adam" moves models of any size alike.
         steps: of it at most.
-        lr: its learning rate; a hundredth or less for Adam.
+        lr: its learning rate; a hundredth for Adam.
         certainty: probability that each token of the target must reach, besides being likeliest.
         batch_size: requests computed at once.
         seed: of what is drawn where no generator is given.
@@ -87,6 +95,8 @@ class WiseOptions:
     gamma: Positive = 10.0
     ratio: Share = 0.88
     unrelated: tuple[str, ...] = UNRELATED
+    records: str = ""
+    examples: Count = 8
     optimiser: Literal["sgd", "adam"] = "sgd"
     steps: Count = 70
     lr: Positive = 1.0
@@ -250,7 +260,13 @@ class WiseEdit(InsideEdit):
 
 
 class Wise(GrowingEditor):
-    """Edits a side memory, shard by shard, and learns when it is to be taken."""
+    """Edits a side memory, shard by shard, and learns when it is to be taken.
+
+        y = W' x    where the mean of |(W' - W) x| over the prompt > ratio * (the edits' least)
+            W x     elsewhere
+
+    Numbers changed: none of the model's; a shard changes share * d_in * d_out of its side copy.
+    """
 
     name: ClassVar[str] = "wise"
     summary: ClassVar[str] = "a side copy of one MLP matrix, taken where it is active"
@@ -331,11 +347,14 @@ class Wise(GrowingEditor):
         return filled, {"steps": step, "loss": loss, "least": least, "unrelated": most}
 
     def _unrelated(self, requests: Sequence[EditRequest]) -> list[Probe]:
-        """The unrelated questions, alone and about the images of the edits."""
-        questions = self.settings.unrelated
+        """The unrelated questions, alone and about images."""
+        chosen = self.settings
+        bare = [Probe(question, "") for question in chosen.unrelated]
+        if chosen.records:
+            found = load_records(chosen.records, limit=chosen.examples, progress=False).records
+            return bare + [Probe(r.request.question, "", r.request.image) for r in found]
         images = [r.image for r in requests if r.image is not None]
-        bare = [Probe(question, "") for question in questions]
-        shown = zip(questions, images * len(questions), strict=False)
+        shown = zip(chosen.unrelated, images * len(bare), strict=False)
         return bare + [Probe(question, "", image) for question, image in shown]
 
     @torch.no_grad()

@@ -195,6 +195,16 @@ class Generative(Backbone):
             else:
                 self.image_tokens = named
 
+    @property
+    def packs(self) -> int | None:
+        """The id of an image's tokens where prompts may be packed, see `packing`; else None."""
+        return None
+
+    @property
+    def packs_writing(self) -> bool:
+        """Whether what packed prompts go on with may be written as `packing.written` does."""
+        return False
+
     @abstractmethod
     def continued(
         self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor

@@ -82,6 +82,20 @@ class Llava(Interleaved):
     def ends(self) -> list[int]:
         return mllm_generation.ends_of(self._model)
 
+    @property
+    def packs(self) -> int | None:
+        """Where attention takes any mask, and no window of its own is put over it."""
+        from mmtune.backbones.attention import IMPLEMENTATION
+
+        text = self._model.config.text_config
+        masks = text._attn_implementation in ("sdpa", IMPLEMENTATION)
+        windowed = getattr(text, "sliding_window", None) is not None
+        return self.placeholder if masks and not windowed else None
+
+    @property
+    def packs_writing(self) -> bool:
+        return mllm_generation.likeliest_alone(self._model)
+
     def image_tokens(
         self, stock: Any, pixel_values: Tensor, image_sizes: Tensor | None = None
     ) -> Sequence[Tensor]:

@@ -46,3 +46,16 @@ def written(model: Any, context: Mapping[str, Tensor], arguments: Mapping[str, A
     states = BaseModelOutput(last_hidden_state=context["states"])
     found = model.generate(encoder_outputs=states, attention_mask=mask, **arguments)
     return found[:, 1:]  # without the token that begins a decoder
+
+
+# What a generation config may say that does not change what is written greedily.
+IDLE = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache"),
+    *("transformers_version", "_from_model_config", "output_attentions", "output_hidden_states"),
+}
+
+
+def likeliest_alone(model: Any) -> bool:
+    """Whether `generate` with one beam writes the likeliest token each time, nothing else."""
+    return model.generation_config.to_diff_dict().keys() <= IDLE

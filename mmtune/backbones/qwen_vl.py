@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmtune.backbones import mllm_generation
@@ -169,6 +170,35 @@ class QwenVL(Interleaved):
         self, stock: Any, pixel_values: Tensor, image_sizes: Tensor | None = None
     ) -> Sequence[Tensor]:
         return list(self._seen(stock, pixel_values, image_sizes)[0].pooler_output)
+
+    @contextmanager
+    def each_once(self, images: Sequence[int] | None) -> Iterator[None]:
+        distinct = list(dict.fromkeys(images or ()))
+        if images is None or len(distinct) == len(images):
+            yield
+            return
+        own, order = self._seen, [distinct.index(i) for i in images]
+
+        def seen(stock: Any, pixel_values: Tensor, sizes: Tensor | None) -> tuple[Any, Tensor]:
+            few = None if sizes is None else sizes[distinct]
+            found, grid = own(stock, pixel_values[distinct], few)
+            tokens = list(found.pooler_output)
+            counts = [len(image) for image in tokens]
+            layers = [
+                list(layer) if isinstance(layer, list | tuple) else layer.split(counts)
+                for layer in getattr(found, "deepstack_features", None) or ()
+            ]
+            again = SimpleNamespace(
+                pooler_output=[tokens[i] for i in order],
+                deepstack_features=[[layer[i] for i in order] for layer in layers],
+            )
+            return again, grid[order]
+
+        self._seen = seen
+        try:
+            yield
+        finally:
+            del self._seen
 
     def continued(
         self, stock: Any, context: Mapping[str, Tensor], target_ids: Tensor, target_mask: Tensor

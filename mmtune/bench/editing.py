@@ -9,9 +9,11 @@ An edit step is a forward and a backward pass and one step of AdamW on the regio
 - truncated: the region's have, and autograd stops there;
 - cached: `MLLM.cached`, the layers above alone.
 
-An evaluation scores the probes of a record before and after an edit: one by one, as one batch, and
-as one batch that is computed once below the edit. The same numbers come out, which is checked. A
-whole evaluation also writes each answer.
+An evaluation scores the probes of a record before and after an edit: one by one through the whole
+model, as it is published; as one batch; packed, so that the language model, too, reads once what
+several prompts begin with; packed and computed once below the edit; and so that several editors
+share what the unedited model says, the time being that of one of them. The same numbers come out,
+which is checked. A whole evaluation also writes each answer.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from editing.batches import Batch
 
 REGION = Region(("language",), ("fc1", "fc2"), "last:1")
+EDITORS = 5  # that share what the unedited model says
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,20 @@ class Measured:
         size: what it was found with.
         where: the device's name, and the version of torch.
         parameters: of the model.
+        region: name of each parameter that is edited -> its shape.
         step: of an edit, by way.
         edit: a whole edit by fine-tuning, plain and cached.
         evaluation: of a record, scores alone, by way.
         whole: the same with answers that are written.
         loss_difference: largest |difference| of a probe's -log p, one by one against cached, nats.
         same_choice: share of answer tokens for which the likeliest is the same.
-        exact: whether batched and cached scores have the same bits.
+        exact: whether packed and cached scores have the same bits.
     """
 
     size: Size
     where: str
     parameters: int
+    region: dict[str, list[int]]
     step: dict[str, Timing]
     edit: dict[str, Timing]
     evaluation: dict[str, Timing]
@@ -93,12 +98,16 @@ def step_times(mllm: MLLM, request: EditRequest, size: Size) -> dict[str, Timing
     def step(batch: Batch) -> None:
         mllm.nll(batch).sum().backward()
         optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    def naive() -> None:
+        step(plain)
         mllm.model.zero_grad(set_to_none=True)
 
     found = {}
     try:
         mllm.model.requires_grad_(True)
-        found["naive"] = timed(partial(step, plain), mllm.device, size.runs)
+        found["naive"] = timed(naive, mllm.device, size.runs)
         mllm.model.requires_grad_(False)
         for parameter in region.values():
             parameter.requires_grad_(True)
@@ -125,7 +134,7 @@ def edit_times(mllm: MLLM, request: EditRequest, size: Size) -> dict[str, Timing
 def evaluation_times(
     mllm: MLLM, records: Sequence[EditRecord], size: Size, written: int = 0
 ) -> tuple[dict[str, Timing], dict[str, list[Tensor]], list[Batch]]:
-    """The time of a record, in three ways, with the scores before and after each edit.
+    """The time of a record and editor, in five ways, with the scores before and after each edit.
 
     Args:
         mllm: the model.
@@ -141,33 +150,37 @@ def evaluation_times(
         return WeightEdit.of(mllm, {n: Delta(5e-3 * drawn(p.shape)) for n, p in region.items()})
 
     def ask(batches: Sequence[Batch], kept: list[Tensor]) -> None:
-        kept += [mllm.answer_logits(batch) for batch in batches]
-        if written:
-            for batch in batches:
-                mllm.answer(batch, written)
+        for batch in batches:
+            kept.append(mllm.scored_answers(batch, written)[0])
 
-    def score(batches: Sequence[Batch], edit: WeightEdit, kept: list[Tensor]) -> None:
+    def score(batches: Sequence[Batch], edits: Sequence[WeightEdit], kept: list[Tensor]) -> None:
         ask(batches, kept)
-        with edit.applied(mllm, strict=False):
-            ask(batches, kept)
+        for edit in edits:
+            with edit.applied(mllm, strict=False):
+                ask(batches, kept)
+
+    def cached(number: int) -> list[Batch]:
+        return [mllm.cached(whole[number].packed(), region)]
 
     edits = [edit() for _ in range(min(2, len(records)))]  # each is as good as another
     whole = [mllm.batch(probes_of(record)) for record in records]
     alone = [[mllm.batch([probe]) for probe in probes_of(record)] for record in records]
     times: dict[str, Timing] = {}
     scores: dict[str, list[Tensor]] = {}
-    ways: dict[str, Callable[[int], list[Batch]]] = {
-        "one by one": lambda i: alone[i],
-        "batched": lambda i: [whole[i]],
-        "cached": lambda i: [mllm.cached(whole[i], region)],
+    ways: dict[str, tuple[Callable[[int], list[Batch]], int]] = {
+        "one by one": (lambda i: alone[i], 1),
+        "batched": (lambda i: [whole[i]], 1),
+        "packed": (lambda i: [whole[i].packed()], 1),
+        "cached": (cached, 1),
+        f"shared by {EDITORS} editors": (cached, EDITORS),
     }
-    for way, batches in ways.items():
+    for way, (batches, count) in ways.items():
         for _ in range(2):  # kernels are chosen at first
-            score(batches(0), edits[0], [])
+            score(batches(0), edits[:1], [])
         each, scores[way] = [], []
         for i in range(len(records)):
-            run = partial(score, batches(i), edits[i % len(edits)], scores[way])
-            each.append(milliseconds(run, mllm.device))
+            run = partial(score, batches(i), [edits[i % len(edits)]] * count, scores[way])
+            each.append(milliseconds(run, mllm.device) / count)
         times[way] = Timing.of(each)
     return times, scores, whole
 
@@ -200,13 +213,14 @@ def measure(size: Size) -> Measured:
     edits = edit_times(mllm, records[0].request, size)
     times, scores, whole = evaluation_times(mllm, records, size)
     worst, same = compared(scores, whole)
-    exact = all(map(torch.equal, scores["batched"], scores["cached"]))
+    exact = all(map(torch.equal, scores["packed"], scores["cached"]))
     both = evaluation_times(mllm, records[: size.whole], size, size.written)[0]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Measured(
         size=size,
         where=f"{name}, torch {torch.__version__}",
         parameters=sum(p.numel() for p in mllm.model.parameters()),
+        region={n: list(p.shape) for n, p in parameters_of(mllm.backbone, REGION).items()},
         step=steps,
         edit=edits,
         evaluation=times,
@@ -222,14 +236,16 @@ def table(found: Measured) -> str:
     lines = [
         f"{found.parameters / 1e6:.0f}M parameters, {found.size.dtype}, {found.where}",
         "",
+        "edited: " + ", ".join(f"{n} {' x '.join(map(str, s))}" for n, s in found.region.items()),
+        "",
         "| what | way | ms, median [quartiles] | faster |",
         "|---|---|---|---|",
     ]
     for what, times in (
         ("edit step", found.step),
         (f"edit of {found.size.steps} steps", found.edit),
-        ("scores of a record", found.evaluation),
-        ("scores and answers of a record", found.whole),
+        ("scores of a record and editor", found.evaluation),
+        ("scores and answers of a record and editor", found.whole),
     ):
         first = next(iter(times.values())).median
         for way, time in times.items():
@@ -238,7 +254,7 @@ def table(found: Measured) -> str:
     lines += [
         "",
         f"one by one against cached: -log p differs by {found.loss_difference:.2g} nats at most, "
-        f"the likeliest token is the same in {found.same_choice:.1%}; batched against cached: "
+        f"the likeliest token is the same in {found.same_choice:.1%}; packed against cached: "
         f"{'the same bits' if found.exact else 'OTHER BITS'}",
     ]
     return "\n".join(lines)

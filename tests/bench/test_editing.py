@@ -39,14 +39,16 @@ def test_it_measures_every_way_and_finds_the_same_numbers(tmp_path, capsys):
     editing.main([*options, f"--out={tmp_path}"])
     found = json.loads((tmp_path / "editing.json").read_text())
     assert list(found["step"]) == ["naive", "truncated", "cached"]
-    assert list(found["evaluation"]) == ["one by one", "batched", "cached"]
+    ways = ["one by one", "batched", "packed", "cached", "shared by 5 editors"]
+    assert list(found["evaluation"]) == list(found["whole"]) == ways
+    assert [shape for name, shape in found["region"].items()] == [[64, 32], [32, 64]]
     assert found["size"]["layers"] == 5
     assert found["exact"] is True
     assert found["same_choice"] == 1.0
     assert found["loss_difference"] < 1e-5
     text = capsys.readouterr().out
     assert text == (tmp_path / "editing.md").read_text()
-    assert text.count("| scores of a record |") == text.count("answers of a record |") == 3
+    assert text.count("scores of a record") == text.count("answers of a record") == 5
 
 
 @torch.no_grad()
@@ -54,20 +56,21 @@ def test_what_is_kept_does_not_grow_with_the_layers_below():
     """Of the layers below, what the last one gives alone is looked at: 4 layers, one output."""
     mllm = editing.model_of(TINY)
     names = parameters_of(mllm.backbone, editing.REGION)
-    batch = mllm.cached(mllm.batch(editing.probes_of(editing.records_of(TINY)[0])), names)
+    plain = mllm.batch(editing.probes_of(editing.records_of(TINY)[0])).packed()
+    batch = mllm.cached(plain, names)
     mllm.answer_logits(batch)
     layers = set(mllm.model.model.language_model.layers)
-    for part in batch.parts:
-        (kept,) = part.prefix._kept.values()
-        own = [
-            call.tensors[0]
-            for module, (call, *_) in (
-                (m, c) for m, c in zip(kept.layout.kept, kept.calls, strict=True) if c
-            )
-            if module in layers
-        ]
-        assert len(own) == 4
-        assert [t.untyped_storage().nbytes() > 4 for t in own] == [False, False, False, True]
+    assert batch.packings[True] is not None
+    (kept,) = batch.prefix._kept.values()
+    own = [
+        call.tensors[0]
+        for module, (call, *_) in (
+            (m, c) for m, c in zip(kept.layout.kept, kept.calls, strict=True) if c
+        )
+        if module in layers
+    ]
+    assert len(own) == 4
+    assert [t.untyped_storage().nbytes() > 4 for t in own] == [False, False, False, True]
 
 
 def test_quartiles():

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from editing.requests import Probe
-from tests.editing.tiny import BARE, MODELS, OTHER, PROBES, SEEN, tiny
+from tests.editing.tiny import BARE, MODELS, OTHER, PROBES, SEEN, WIDE, tiny
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,3 +84,27 @@ def test_an_image_of_several_questions_is_seen_once(name, monkeypatch):
     torch.testing.assert_close(mllm.answer_logits(some), together[rows], rtol=1e-5, atol=2e-5)
     said = mllm.answer(batch, 3)
     assert mllm.answer(some, 3) == [said[i] for i in rows]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
+@torch.no_grad()
+def test_an_image_with_a_size_of_its_own_is_seen_once(name, monkeypatch):
+    mllm = tiny(name, torch.float64)
+    again = Probe("w30 w31", "w32", replace(WIDE.image))
+    probes = [WIDE, SEEN, BARE, again, replace(SEEN, question="w9 w9 w9")]
+    seen, stock = [], mllm.model.get_image_features
+
+    def count(patches, grid, **options):
+        seen.append(len(grid))
+        return stock(patches, grid, **options)
+
+    monkeypatch.setattr(mllm.model, "get_image_features", count)
+    batch = mllm.batch(probes)
+    counts = batch.target_mask.bool()
+    together = mllm.answer_logits(batch)
+    assert seen.pop() == 2
+    apart = replace(batch, parts=tuple(replace(part, images=None) for part in batch.parts))
+    separate = mllm.answer_logits(apart)
+    assert seen == [4]
+    torch.testing.assert_close(together[counts], separate[counts], rtol=1e-5, atol=1e-5)
+    assert mllm.answer(batch, 3) == mllm.answer(apart, 3)

@@ -61,6 +61,23 @@ def test_the_target_becomes_likely_and_the_model_comes_back(name, kind, tmp_path
     assert mllm.answer(PROBES) == said
 
 
+@pytest.mark.parametrize("kind", EDITORS)
+def test_the_target_is_written(kind, tmp_path):
+    """All of it, its end included, which a layer above has to read at the place."""
+    mllm = outspoken("blip2-t5")
+    said = mllm.answer([ONE, *PROBES])
+    layer = {"layer": 2} if kind == "rome" else {"layers": (2,)}
+    search = {"steps": 60, "lr": 30.0 if kind == "rome" else 0.3}
+    many = covariance(tmp_path, tokens=400)  # so that other tokens are kept apart
+    edit = editor(kind, options(kind, tmp_path, covariance=many, search=search, **layer)).edit(
+        mllm, [ONE]
+    )
+    with edit.applied(mllm):
+        assert mllm.answer([ONE]) == [ONE.target]
+    assert said[0] != ONE.target
+    assert mllm.answer([ONE, *PROBES]) == said
+
+
 @pytest.mark.parametrize("kind", ["memit", "alphaedit"])
 @pytest.mark.parametrize("name", ["blip2-opt", "llava"])
 def test_many_requests_are_one_edit(name, kind, tmp_path):

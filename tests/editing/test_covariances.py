@@ -9,7 +9,7 @@ import torch
 
 from editing.closed_form import covariances as module
 from editing.closed_form.covariances import covariances
-from editing.closed_form.texts import CovarianceError
+from editing.closed_form.texts import CovarianceError, sampled, spoken
 from editing.edits import ContextEdit
 from editing.requests import EditRequest
 from tests.editing.closed_form_cases import TEXT, covariance
@@ -192,3 +192,24 @@ def test_what_cannot_be_read(tmp_path):
     (tmp_path / "empty").write_text("\n \n")
     with pytest.raises(CovarianceError, match="holds no texts"):
         covariances(mllm, sites(mllm), covariance(tmp_path, texts=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "llava", "qwen3-vl"])
+@torch.no_grad()
+def test_texts_are_drawn_from_what_the_model_expects(name):
+    """Token by token, each from the scores of a pass that keeps nothing."""
+    mllm, starts, tokens = tiny(name), ["w5 w6", "w7"], 5
+    never = [*mllm.tokenizer.all_special_ids, *mllm.backbone.ends]
+    generator, ids = torch.Generator().manual_seed(3), torch.zeros(2, 0, dtype=torch.int64)
+    end = torch.full((2, 1), mllm.backbone.ends[0])
+    for _ in range(tokens):
+        following = torch.cat([ids, end], dim=1)
+        scores = mllm.answer_logits(spoken(mllm, starts, following, torch.ones_like(following)))[
+            :, -1
+        ].double()
+        scores[:, never] = -torch.inf
+        scores[:, len(mllm.tokenizer) :] = -torch.inf
+        ids = torch.cat([ids, torch.multinomial(scores.softmax(-1), 1, generator=generator)], dim=1)
+    words = mllm.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
+    want = [f"{start} {text.strip()}" for start, text in zip(starts, words, strict=True)]
+    assert sampled(mllm, starts, tokens, torch.Generator().manual_seed(3)) == want

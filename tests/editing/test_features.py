@@ -60,16 +60,28 @@ def test_the_answer_is_not_read(name):
     assert torch.equal(one.image, other.image)
 
 
-def test_normed_features_do_not_follow_one_long_state():
-    """As in trained models: a state of one token is a thousand times as long as the others."""
+def test_features_do_not_follow_one_long_state():
+    """As in trained models: a state of one token is a thousand times as long as the others.
+
+    The cosine of the means of these states as they are is above 0.9999.
+    """
     mllm = tiny("llava")
     asked = [SEEN, BARE]
-    plain = features_of(mllm, asked, normed=True)
+    before = features_of(mllm, asked)
     with torch.no_grad():  # the token that begins every prompt
         mllm.model.get_input_embeddings().weight[1].mul_(1e5)
-    cosine = torch.nn.functional.cosine_similarity
-    raw, normed = features_of(mllm, asked), features_of(mllm, asked, normed=True)
-    assert float(cosine(*raw.words, dim=0)) > 0.9999
-    assert float(cosine(*normed.words, dim=0)) < 0.9
-    assert torch.equal(normed.image, plain.image)
-    torch.testing.assert_close(normed.image[0].mean(), torch.tensor(0.0), rtol=0, atol=1e-5)
+    found = features_of(mllm, asked)
+    assert float(torch.nn.functional.cosine_similarity(*found.words, dim=0)) < 0.9
+    assert torch.equal(found.image, before.image)
+
+
+def test_features_are_means_of_states_of_mean_0_and_variance_1():
+    """Written out, of the image's tokens as the language model is given them."""
+    mllm = tiny("llava")
+    (tokens,) = mllm.backbone.image_tokens(mllm.model, **mllm.pixels([SEEN.image]))
+    exact = tokens.double()
+    apart = exact - exact.mean(1, keepdim=True)
+    want = (apart / (apart.square().mean(1, keepdim=True) + 1e-5).sqrt()).mean(0)
+    found = features_of(mllm, [SEEN])
+    torch.testing.assert_close(found.image[0].double(), want, rtol=1e-4, atol=1e-5)
+    assert abs(float(found.words[0].mean())) < 1e-5

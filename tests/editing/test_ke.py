@@ -44,6 +44,21 @@ def test_the_gate_is_the_formula_of_the_paper():
     torch.testing.assert_close(change.dense(), want)
 
 
+def test_it_can_start_as_a_step_down_the_gradient():
+    mllm = tiny("llava")
+    ke, network = fresh(mllm, scale=50.0, start=0.3)
+    edit = ke.edit_with(mllm, network.eval(), [REQUEST], seeded())
+    for name, (x, delta) in gradient_rows(mllm, ke.weights(mllm), [REQUEST]).items():
+        torch.testing.assert_close(edit.changes[name].dense(), -0.3 * delta.T @ x)
+    # Every part of the gate can be learnt from there; b as soon as there is an e.
+    losses = ke.losses(mllm, network, random_records(1), seeded())
+    sum(losses.values()).backward()
+    for gate in network.gates:
+        lengths = gate.layers[-1].parametrizations.weight.original0
+        moved = [float(part.abs().max()) > 0 for part in lengths.grad.split(gate.sizes)]
+        assert moved == [True, True, False, True, True]
+
+
 @pytest.mark.parametrize("region", ["vision", "language"])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_edit_is_gated_gradient_and_leaves_no_trace(name, region, tmp_path):

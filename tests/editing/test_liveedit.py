@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def test_images_filter_and_words_mix():
     _, weights = ROUTER.mixture(features([[1.0, 0.0]], [[1.0, 0.0]]), two)
     want = torch.tensor([10.0, 8.0]).softmax(0)
     torch.testing.assert_close(weights[0], want)
+
+
+def test_the_nearest_image_comes_before_others_that_are_near_enough():
+    near = features([[1.0, 0.0], [0.8, 0.6]], [[0.95, 0.31], [1.0, 0.0]])
+    asked = features([[1.0, 0.0]], [[1.0, 0.0]])
+    router = replace(ROUTER, image_margin=0.01)
+    index, weights = router.mixture(asked, near)
+    assert {int(i): float(w) for i, w in zip(index[0], weights[0], strict=True) if w} == {1: 1.0}
+    _, weights = replace(router, image_margin=0.1).mixture(asked, near)
+    torch.testing.assert_close(weights[0], torch.tensor([10.0, 8.0]).softmax(0))
+    # An image that is nearer and asked about otherwise does not count.
+    apart = features([[1.0, 0.0], [0.0, 1.0]], [[0.95, 0.31], [1.0, 0.0]])
+    index, weights = router.mixture(asked, apart)
+    assert (int(index[0, 0]), weights[0].tolist()) == (0, [1.0, 0.0])
 
 
 def test_captions_are_alike():

@@ -15,7 +15,7 @@ from editing.meta.training import train_editor
 from editing.methods.serac import Serac, SeracOptions
 from editing.methods.serac_network import APART, FixedScope, TrainedScope
 from editing.methods.serac_scope import question_text
-from editing.methods.serac_training import scope_loss
+from editing.methods.serac_training import CHANGED, KEPT, scope_loss
 from editing.requests import EditRecord, EditRequest, Probe
 from tests.editing.synthetic import look, records, words
 from tests.editing.tiny import MODELS, bits, drawn, same_bits, tiny
@@ -29,10 +29,10 @@ def begun(mllm, options=OPTIONS):
     return Serac(options).begin(mllm, torch.Generator().manual_seed(0)).train()
 
 
-def trained_on(mllm, maker, network, steps, rate=1e-2):
+def trained_on(mllm, maker, network, steps, rate=3e-3):
     optimiser = torch.optim.AdamW(network.parameters(), lr=rate)
     for step in range(steps):
-        batch = records(TOGETHER * (step % 6), TOGETHER)
+        batch = records(TOGETHER * step, TOGETHER)
         losses = maker.losses(mllm, network, batch, torch.Generator())
         optimiser.zero_grad()
         sum(losses.values()).backward()
@@ -214,9 +214,49 @@ def test_what_is_one_edit_is_not_out_of_its_scope():
     apart = -scope(cached, cached)
     pairs = apart[0, 2:], apart[1, 2:], apart[2, :2], apart[3, :2]
     out = -torch.log(-torch.expm1(-torch.cat(pairs)))
-    same = torch.stack([apart[i, j] for i in range(4) for j in range(4) if i // 2 == j // 2])
-    # Both rows of each class count alike however often an edit is there.
-    torch.testing.assert_close(found, (same.mean() + out.mean()) / 2, rtol=1e-4, atol=1e-5)
+    # What is one edit is at no distance from itself, and counts neither as in scope nor as out.
+    torch.testing.assert_close(found, out.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_kinds_of_questions_count_alike():
+    """Other words, other images, near and far, each by its mean; written out for two records."""
+    mllm = tiny("llava")
+    scope = TrainedScope(32, 8, torch.Generator().manual_seed(0)).train()
+    two = records(0, 2)
+    found = scope_loss(mllm, scope, two)
+    scope.eval()
+    cached = features_of(mllm, [record.request for record in two])
+
+    def apart(probes):
+        return -scope(features_of(mllm, probes), cached)
+
+    def of(kind):
+        return apart([getattr(record, kind)[0] for record in two])
+
+    worded, seen, text, image = map(of, (*CHANGED[1:], *KEPT))
+    crossed = apart(
+        [Probe(one.request.question, "", other.request.image) for one, other in (two, two[::-1])]
+    )
+    own = apart([record.request for record in two])
+    near = torch.cat([text.diagonal(), image.diagonal()])
+    far = [worded, seen, text, image, own]
+    other = torch.cat([*(m[[0, 1], [1, 0]] for m in far), crossed.flatten()])
+    inside = (worded.diagonal().mean() + seen.diagonal().mean()) / 2
+    lost = [-torch.log(-torch.expm1(-one)).mean() for one in (near, other)]
+    torch.testing.assert_close(found, (inside + sum(lost) / 2) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_scope_and_counterfactual_model_learn_at_rates_of_their_own():
+    mllm, maker = tiny("llava"), Serac(replace(OPTIONS, scope_lr=3e-5))
+    network = begun(mllm, maker.settings)
+    scope, rest = maker.groups(network)
+    assert scope["lr"] == 3e-5
+    assert "lr" not in rest
+    grouped = [*scope["params"], *rest["params"]]
+    assert [*map(id, grouped)] == [*map(id, network.parameters())]
+    alone = Serac(SeracOptions(rank=0))
+    (only,) = alone.groups(begun(mllm, alone.settings))
+    assert len(only["params"]) == len(scope["params"])
 
 
 def features(words, image=None):
@@ -233,6 +273,8 @@ def fitted():
     scope = TrainedScope(2, 3, torch.Generator().manual_seed(1))
     scope.words.statistics.update(drawn((20, 2), 0))
     scope.image.statistics.update(drawn((20, 2), 1))
+    for part in (scope.words, scope.image):
+        part.weight.data *= 4  # as after a training, which draws apart what is unlike
     return scope.eval()
 
 

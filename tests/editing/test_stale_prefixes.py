@@ -159,7 +159,7 @@ def test_a_batch_that_is_changed_is_another_one():
     )
     found = mllm.answer_logits(replace(batch, parts=swapped))
     want = mllm.answer_logits(
-        replace(batch, parts=tuple(replace(part, prefix=None) for part in swapped))
+        replace(batch, parts=tuple(replace(part, prefix=None) for part in swapped), prefix=None)
     )
     assert torch.equal(found, want)
 

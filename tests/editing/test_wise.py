@@ -7,8 +7,11 @@ import torch
 
 from editing.methods.wise import Merging, Shard
 from editing.methods.wise_memory import Margins, activations, margin_loss, mask_of, ties
+from editing.requests import Probe
+from mmtune.data.records import DataError
+from tests.editing.edit_items import item, write
 from tests.editing.memories import fact, memory_editor, request, taught
-from tests.editing.tiny import PROBES, drawn, tiny
+from tests.editing.tiny import PROBES, drawn, picture, tiny
 
 
 def test_activation_is_the_mean_over_tokens_of_the_change():
@@ -98,3 +101,28 @@ def test_sgd_takes_steps_along_the_gradient():
         mllm.nll(mllm.batch([fact()]), {name: weight}).sum().backward()
     mask = mask_of(weight.shape, 0.9, shard.seed)
     torch.testing.assert_close(shard.delta, -0.5 * weight.grad * mask, rtol=1e-4, atol=1e-6)
+
+
+def test_records_say_what_is_unrelated(tmp_path):
+    mllm = tiny("llava")
+    for seed, name in enumerate(("a.png", "b.png", "c.png")):
+        (tmp_path / name).write_bytes(picture(50 + seed).data)
+    shown = {"image": "a.png", "image_rephrase": "b.png", "m_loc": "c.png"}
+    file = write(tmp_path / "records.json", [item(**shown, src="w9 w8"), item(**shown)])
+    plain = memory_editor("wise", "llava").edit(mllm, [fact()])
+    chosen = memory_editor("wise", "llava", records=file, examples=1)
+    edit = chosen.edit(mllm, [fact()])
+    other = Probe("w9 w8", "w5", picture(50))
+    asked = Probe(fact().question, "w5", picture(50))
+
+    def active(edit, probe):
+        (prompt,) = chosen._prompts(mllm, edit.path, [probe])
+        tokens = torch.ones(1, len(prompt), dtype=torch.bool)
+        (shard,) = edit.shards
+        return float(activations(prompt[None], shard.delta, tokens)) / shard.least
+
+    # Neither the records' question nor the edit's own reaches the side memory about that image.
+    assert active(edit, other) < 0.88 < active(edit, fact())
+    assert active(edit, asked) < active(plain, asked)
+    with pytest.raises(DataError, match="nowhere"):
+        memory_editor("wise", records=str(tmp_path / "nowhere.json")).edit(mllm, [fact()])

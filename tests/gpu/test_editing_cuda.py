@@ -103,3 +103,21 @@ def test_cached_prefixes_give_the_scores_of_the_whole_model(name, where):
     with edit.applied(mllm):
         assert torch.equal(mllm.answer_logits(plain), mllm.answer_logits(cached))
         assert mllm.answer(plain) == mllm.answer(cached)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-onevision"])
+@torch.no_grad()
+def test_packed_prompts_score_and_write_as_prompts_in_rows(name):
+    mllm = on_gpu(tiny(name))
+    batch = mllm.batch([*PROBES, *PROBES]).packed()
+    (logits, said), (rows, wanted) = (mllm.scored_answers(b, 4) for b in (batch, batch.in_rows()))
+    counts = batch.target_mask.bool()
+    torch.testing.assert_close(logits[counts], rows[counts], rtol=1e-3, atol=1e-3)
+    assert said == wanted
+    weights = place(mllm, "last MLP")
+    cached = mllm.cached(batch, weights)
+    for seed in (1, 2):
+        with edit_of(mllm, weights, seed).applied(mllm):
+            found, want = (mllm.scored_answers(b, 4) for b in (cached, batch))
+        assert torch.equal(found[0], want[0])
+        assert found[1] == want[1]

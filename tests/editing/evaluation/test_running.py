@@ -264,11 +264,12 @@ def files_of(folder):
 @pytest.mark.parametrize("kind", PROTOCOLS)
 def test_a_killed_run_goes_on_to_the_same_files(kind, tmp_path, mllm):
     """Killed in the baseline, between edits, while all of them are scored, and near the end."""
-    editors = {"lora": LORA, "picky": SOME | {"fails": "1"}}
+    # Two that share all they can: killed between them, the second does without the first.
+    editors = {"lora": LORA, "again": LORA, "picky": SOME | {"fails": "1"}}
     run(tmp_path / "whole", prepared(tmp_path / "whole", kind, editors, 4), mllm=mllm)
     whole = files_of(tmp_path / "whole")
     config = prepared(tmp_path / "killed", kind, editors, 4)
-    for at in {"single": (2, 4), "sequential": (5, 4, 4, 6), "batch": (9, 1)}[kind]:
+    for at in {"single": (2, 3, 6), "sequential": (5, 4, 4, 6), "batch": (9, 1)}[kind]:
         process = multiprocessing.get_context("fork").Process(
             target=dying, args=(tmp_path / "killed", config, at)
         )
@@ -279,6 +280,8 @@ def test_a_killed_run_goes_on_to_the_same_files(kind, tmp_path, mllm):
     assert files_of(tmp_path / "killed") == whole
     every = {"single": 4, "sequential": 7, "batch": 4 + 4}[kind]
     assert len(whole["editors/lora/records.jsonl"]) == every
+    first, second = (whole[f"editors/{n}/records.jsonl"] for n in ("lora", "again"))
+    assert [x | {"editor": "lora"} for x in second] == first
 
 
 def test_a_finished_run_is_read_and_not_run_again(tmp_path, mllm, monkeypatch):
