@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,6 +86,7 @@ class Small(Stage[SmallOptions]):
 
     def _one(self, sample):
         event(self.slot)
+        time.sleep(float(os.environ.get("SECONDS_A_SAMPLE", "0")))  # so that it can be stopped
         given = self.settings
         if sample.id == given.fail:
             raise ZeroDivisionError("by zero")

@@ -62,13 +62,18 @@ def same(one, other):
     ]
 
 
-def started(config, runs, *overrides, ranks=1):
+def started(config, runs, *overrides, ranks=1, seconds=0.0):
     """The processes of a build, launched as torchrun does."""
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.data_builders.small_build", config, runs, *overrides],
             cwd=ROOT,
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks)},
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "SECONDS_A_SAMPLE": str(seconds),
+            },
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -161,7 +166,7 @@ def test_faults_end_a_build_in_several_processes_too(config, runs):
 
 def test_a_main_process_that_is_killed_takes_its_workers_along(config, runs):
     whole = run(config, runs, ["name=whole"])
-    (process,) = started(config, runs, "name=two", "engine.workers=2")
+    (process,) = started(config, runs, "name=two", "engine.workers=2", seconds=0.2)
     folder = runs / "two/stages/02-select"
     _until(lambda: folder.is_dir() and any(folder.glob("shard*")))
     process.kill()
@@ -173,7 +178,7 @@ def test_a_main_process_that_is_killed_takes_its_workers_along(config, runs):
 
 def test_ctrl_c_stops_the_workers_and_keeps_what_is_done(config, runs):
     whole = run(config, runs, ["name=whole"])
-    (process,) = started(config, runs, "name=two", "engine.workers=2")
+    (process,) = started(config, runs, "name=two", "engine.workers=2", seconds=0.2)
     folder = runs / "two/stages/02-select"
     _until(lambda: folder.is_dir() and any(folder.glob("shard*")))
     process.send_signal(signal.SIGINT)

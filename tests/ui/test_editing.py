@@ -121,7 +121,7 @@ def test_the_answer_that_is_given_already_is_no_edit(desk):
 
 def test_trained_editors_are_those_that_the_zoo_has_for_the_model():
     untrained = {"ft", "ft-l", "lora", "grace", "ike", "liveedit", "wise"}
-    assert set(editors_at_hand("zoo:tiny-llava")) == untrained | {"mend", "serac"}
+    assert set(editors_at_hand("zoo:tiny-llava")) == untrained | {"ke", "mend", "serac"}
     assert set(editors_at_hand("zoo:tiny-clip")) == untrained
     assert set(editors_at_hand("hf:mend")) == untrained
     assert set(editors()) - untrained == {"alphaedit", "ke", "memit", "mend", "rome", "serac"}
