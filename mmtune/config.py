@@ -237,7 +237,9 @@ def to_yaml(config: RunConfig) -> str:
         "tuner": {"method": config.method, **plain(config.tuner_options)},
         "training": plain(config.training),
     }
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    # PyYAML writes this line break as it is, and reads it as a blank: escaped, it reads back.
+    return yaml.safe_dump(document, sort_keys=False) if "\x85" in text else text
 
 
 def _task_options(name: str) -> type:
