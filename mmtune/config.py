@@ -229,17 +229,15 @@ def check_name(source: YamlSource, at: Key, name: Any) -> None:
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal config."""
     document = {
-        "name": config.name,
-        "seed": config.seed,
+        **{"name": config.name, "seed": config.seed},
         "model": plain(config.model),
         "task": {"name": config.task, **plain(config.task_options)},
         "data": plain(config.data),
         "tuner": {"method": config.method, **plain(config.tuner_options)},
         "training": plain(config.training),
     }
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    # PyYAML writes this line break as it is, and reads it as a blank: escaped, it reads back.
-    return yaml.safe_dump(document, sort_keys=False) if "\x85" in text else text
+    plainly = r"\x85" not in repr(document)  # PyYAML reads this line break back as a blank
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=plainly)
 
 
 def _task_options(name: str) -> type:
