@@ -229,15 +229,15 @@ def check_name(source: YamlSource, at: Key, name: Any) -> None:
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal config."""
     document = {
-        **{"name": config.name, "seed": config.seed},
+        "name": config.name,
+        "seed": config.seed,
         "model": plain(config.model),
         "task": {"name": config.task, **plain(config.task_options)},
         "data": plain(config.data),
         "tuner": {"method": config.method, **plain(config.tuner_options)},
         "training": plain(config.training),
     }
-    plainly = r"\x85" not in repr(document)  # PyYAML reads this line break back as a blank
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=plainly)
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=r"\x85" not in repr(document))
 
 
 def _task_options(name: str) -> type:
