@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from data_builders.gallery import rejection_lines, summary
 from data_builders.stages.assemble import DATA, PICTURED
 from editing.datasets import FIELDS
+from mmtune.yaml_source import as_yaml
 
 if TYPE_CHECKING:
     from data_builders.builds import Build, StageReport
@@ -80,7 +79,7 @@ def _front(build: Build, found: Assembled, options: AssembleOptions) -> str:
     ending = "-*.parquet" if found.parquet else ".json"
     files = [{"split": split, "path": f"{DATA}/{split}{ending}"} for split in splits]
     front |= {"configs": [{"config_name": "default", "data_files": files}]} if files else {}
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
+    return f"---\n{as_yaml(front)}---\n\n"
 
 
 def _files(found: Assembled) -> Iterator[str]:
@@ -105,7 +104,7 @@ def _steps(steps: Sequence[StageReport]) -> Iterator[str]:
     yield from _table(("stage", "by", "given", "kept", "with something broken"), lines)
     for step in steps:
         if step.settings and step.slot not in ("source", "assemble"):
-            text = yaml.safe_dump(dict(step.settings), sort_keys=False, allow_unicode=True)
+            text = as_yaml(dict(step.settings))
             by = f" ({step.by})" if step.by else ""
             yield f"\n{step.name}{by}:\n\n```yaml\n{text}```"
 

@@ -7,14 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
 from data_builders.recipes import Recipe, recipes
 from editing.config import EditModelOptions
 from editing.ranges import Count, Seed
-from mmtune.config import check_keys, checked, name_of, plain, read_config, section
+from mmtune.config import check_keys, checked, name_of, reading, section
 from mmtune.suggestions import did_you_mean
-from mmtune.yaml_source import ConfigError, YamlSource, listed
+from mmtune.yaml_source import YamlSource, as_yaml, listed, plain
 
 SECTIONS = (
     "name", "seed", "recipe", "model", "source", "pools", "stages", "assemble", "engine",
@@ -113,29 +111,26 @@ def load_build_config(name: str | os.PathLike[str], overrides: Iterable[str] = (
     """
     from data_builders.stages.assemble import AssembleOptions
 
-    source = read_config(name, overrides)
-    raw = source.values
-    run_name = name_of(source, SECTIONS)
-    recipe = _recipe(source)
-    found = BuildConfig(
-        name=run_name,
-        seed=checked(source, ("seed",), Seed, raw.get("seed", 0)),
-        recipe=recipe.name if recipe else "",
-        model=section(source, "model", EditModelOptions),
-        source=_source(source, ("source",), raw.get("source")),
-        pools=_pools(source),
-        stages=_stages(source, recipe),
-        assemble=section(source, "assemble", AssembleOptions),
-        engine=section(source, "engine", EngineOptions),
-        shard_size=checked(source, ("shard_size",), Count, raw.get("shard_size", SHARD_SIZE)),
-        limit=checked(source, ("limit",), Count | None, raw.get("limit")),
-        pool_limit=checked(source, ("pool_limit",), Count | None, raw.get("pool_limit")),
-        on_fault=checked(source, ("on_fault",), OnFault, raw.get("on_fault", "skip")),
-        path=source.path,
-    )
-    if source.mistakes:
-        raise ConfigError(source.mistakes)
-    return found
+    with reading(name, overrides) as source:
+        raw = source.values
+        run_name = name_of(source, SECTIONS)
+        recipe = _recipe(source)
+        return BuildConfig(
+            name=run_name,
+            seed=checked(source, ("seed",), Seed, raw.get("seed", 0)),
+            recipe=recipe.name if recipe else "",
+            model=section(source, "model", EditModelOptions),
+            source=_source(source, ("source",), raw.get("source")),
+            pools=_pools(source),
+            stages=_stages(source, recipe),
+            assemble=section(source, "assemble", AssembleOptions),
+            engine=section(source, "engine", EngineOptions),
+            shard_size=checked(source, ("shard_size",), Count, raw.get("shard_size", SHARD_SIZE)),
+            limit=checked(source, ("limit",), Count | None, raw.get("limit")),
+            pool_limit=checked(source, ("pool_limit",), Count | None, raw.get("pool_limit")),
+            on_fault=checked(source, ("on_fault",), OnFault, raw.get("on_fault", "skip")),
+            path=source.path,
+        )
 
 
 def to_yaml(config: BuildConfig) -> str:
@@ -155,7 +150,7 @@ def to_yaml(config: BuildConfig) -> str:
         "pool_limit": config.pool_limit,
         "on_fault": config.on_fault,
     }
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return as_yaml(document)
 
 
 def _document(choice: Choice, chooser: str) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from data_builders.shards import (
     write_shard,
 )
 from data_builders.steps import SOURCE, Plan, Step
-from mmtune.config import plain
 from mmtune.data.records import DataError
 from mmtune.runs import write_json
+from mmtune.yaml_source import plain
 
 
 def reports(work: Plan) -> list[StageReport]:

@@ -21,8 +21,8 @@ from data_builders.pictures import MADE, Pictures
 from data_builders.recipes import recipes
 from data_builders.shards import shard_file
 from data_builders.stages.base import Context
-from mmtune.config import plain
 from mmtune.runs import RunError
+from mmtune.yaml_source import plain
 
 if TYPE_CHECKING:
     from data_builders.config import BuildConfig

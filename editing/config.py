@@ -7,15 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from editing.metrics.definitions import Compat
 from editing.ranges import Count, Seed
-from mmtune.config import check_name, checked, name_of, plain, read_config, section
+from mmtune.config import check_name, checked, name_of, reading, section
 from mmtune.data.options import OnError
 from mmtune.suggestions import did_you_mean
-from mmtune.yaml_source import ConfigError, YamlSource, listed
+from mmtune.yaml_source import YamlSource, as_yaml, listed, plain
 
 SECTIONS = ("name", "seed", "model", "data", "protocol", "editors")
 UNEDITED = "unedited"  # the row of the model as it is
@@ -136,21 +135,18 @@ def load_edit_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()
     Raises:
         ConfigError: with every mistake there is, not only the first.
     """
-    source = read_config(name, overrides)
-    raw = source.values
-    run_name = name_of(source, SECTIONS)
-    found = EditConfig(
-        name=run_name,
-        seed=checked(source, ("seed",), Seed, raw.get("seed", 0)),
-        model=section(source, "model", EditModelOptions),
-        data=section(source, "data", EditDataOptions),
-        protocol=section(source, "protocol", ProtocolOptions),
-        editors=_rows(source),
-        source=source.path,
-    )
-    if source.mistakes:
-        raise ConfigError(source.mistakes)
-    return found
+    with reading(name, overrides) as source:
+        raw = source.values
+        run_name = name_of(source, SECTIONS)
+        return EditConfig(
+            name=run_name,
+            seed=checked(source, ("seed",), Seed, raw.get("seed", 0)),
+            model=section(source, "model", EditModelOptions),
+            data=section(source, "data", EditDataOptions),
+            protocol=section(source, "protocol", ProtocolOptions),
+            editors=_rows(source),
+            source=source.path,
+        )
 
 
 def row_of(source: YamlSource, at: tuple[str, ...], raw: Any) -> EditorRow | None:
@@ -182,7 +178,7 @@ def to_yaml(config: EditConfig) -> str:
         "protocol": plain(config.protocol),
         "editors": {name: row_document(row) for name, row in config.editors.items()},
     }
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return as_yaml(document)
 
 
 def row_document(row: EditorRow) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import dataclasses
 import os
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mmtune.suggestions import did_you_mean
@@ -20,8 +20,10 @@ from mmtune.yaml_source import (
     Key,
     Mistake,
     YamlSource,
+    as_yaml,
     listed,
     override,
+    plain,
     read_yaml,
 )
 
@@ -162,19 +164,19 @@ def load_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         ConfigError: with every mistake there is, not only the first.
     """
-    source = read_config(name, overrides)
-    config = resolve(source)
-    if source.mistakes:
-        raise ConfigError(source.mistakes)
-    return config
+    with reading(name, overrides) as source:
+        return resolve(source)
 
 
-def read_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> YamlSource:
-    """The raw values of a config, found as `load_config` finds it, with overrides applied."""
+@contextmanager
+def reading(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Iterator[YamlSource]:
+    """Raw values of what `load_config` would find; after the block, ConfigError of all mistakes."""
     source = read_yaml(find_config(name))
     for item in overrides:
         override(source, item)
-    return source
+    yield source
+    if source.mistakes:
+        raise ConfigError(source.mistakes)
 
 
 def resolve(source: YamlSource) -> RunConfig:
@@ -237,7 +239,7 @@ def to_yaml(config: RunConfig) -> str:
         "tuner": {"method": config.method, **plain(config.tuner_options)},
         "training": plain(config.training),
     }
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=r"\x85" not in repr(document))
+    return as_yaml(document)
 
 
 def _task_options(name: str) -> type:
@@ -387,14 +389,3 @@ def _field_names(kind: Any, at: Key) -> list[str]:
 def _unknown(got: Any, names: Iterable[str], name: str) -> str:
     names = list(names)
     return f"unknown key, got {got!r}; expected one of {listed(names)}.{did_you_mean(name, names)}"
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what YAML can hold."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value

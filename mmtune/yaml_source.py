@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,24 @@ def override(source: YamlSource, item: str) -> None:
         target = target[part]
     target[parts[-1]] = value
     source.overridden[tuple(parts)] = item
+
+
+def as_yaml(document: Any) -> str:
+    """A document as YAML that reads back equal; keys keep their order."""
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    # PyYAML writes this line break as it is, and reads it back as a blank; escaped, it stays.
+    return yaml.safe_dump(document, sort_keys=False) if "\x85" in text else text
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as what YAML can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def listed(names: Iterable[str]) -> str:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
 from mmtune.config import ConfigError, find_config, load_config, to_yaml
+from mmtune.yaml_source import as_yaml
 
 GOOD = """\
 # mmtune train x.yaml
@@ -249,3 +251,15 @@ def test_resolved_config_reads_back_equal(tmp_path_factory, lr, name, prompt, ks
     )
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(path) == config
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text() | st.lists(st.text()), max_size=4))
+def test_every_text_reads_back_from_yaml(document):
+    assert yaml.safe_load(as_yaml(document)) == document
+    assert list(yaml.safe_load(as_yaml(document))) == list(document)
+
+
+def test_a_line_break_that_yaml_would_fold_reads_back():
+    document = {"prompt": "!\x85", "é": ["ü"]}
+    assert yaml.safe_load(as_yaml(document)) == document
+    assert as_yaml({"é": "ü"}) == "é: ü\n"

@@ -86,6 +86,6 @@ class Stage(ABC, Generic[O]):
     @classmethod
     def described(cls, settings: O) -> dict[str, Any]:
         """What of the settings goes into the data card."""
-        from mmtune.config import plain
+        from mmtune.yaml_source import plain
 
         return plain(settings)

@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field
 
 from editing.config import EditDataOptions, EditModelOptions
 from editing.ranges import Count, NotNegative, Seed
-from mmtune.config import checked, name_of, plain, read_config, section
+from mmtune.config import checked, name_of, reading, section
 from mmtune.suggestions import did_you_mean
-from mmtune.yaml_source import ConfigError, YamlSource, listed
+from mmtune.yaml_source import YamlSource, as_yaml, listed, plain
 
 SECTIONS = ("name", "seed", "model", "data", "editor", "training")
 
@@ -98,23 +97,20 @@ def load_meta_config(name: str | os.PathLike[str], overrides: Iterable[str] = ()
     Raises:
         ConfigError: with every mistake there is, not only the first.
     """
-    source = read_config(name, overrides)
-    raw = source.values
-    run_name = name_of(source, SECTIONS)
-    editor, options = _editor(source)
-    found = MetaConfig(
-        name=run_name,
-        seed=checked(source, ("seed",), Seed, raw.get("seed", 0)),
-        model=section(source, "model", EditModelOptions),
-        data=section(source, "data", MetaDataOptions),
-        editor=editor,
-        options=options,
-        training=section(source, "training", MetaTrainingOptions),
-        source=source.path,
-    )
-    if source.mistakes:
-        raise ConfigError(source.mistakes)
-    return found
+    with reading(name, overrides) as source:
+        raw = source.values
+        run_name = name_of(source, SECTIONS)
+        editor, options = _editor(source)
+        return MetaConfig(
+            name=run_name,
+            seed=checked(source, ("seed",), Seed, raw.get("seed", 0)),
+            model=section(source, "model", EditModelOptions),
+            data=section(source, "data", MetaDataOptions),
+            editor=editor,
+            options=options,
+            training=section(source, "training", MetaTrainingOptions),
+            source=source.path,
+        )
 
 
 def to_yaml(config: MetaConfig) -> str:
@@ -127,7 +123,7 @@ def to_yaml(config: MetaConfig) -> str:
         "editor": {"name": config.editor, **plain(config.options)},
         "training": plain(config.training),
     }
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return as_yaml(document)
 
 
 def _editor(source: YamlSource) -> tuple[str, Any]:

@@ -15,11 +15,12 @@ from mmtune.config import (
     check_keys,
     check_name,
     checked,
+    find_config,
     name_of,
-    read_config,
+    reading,
     resolve,
 )
-from mmtune.yaml_source import ConfigError, Key, YamlSource, dotted_key, listed
+from mmtune.yaml_source import ConfigError, Key, YamlSource, dotted_key, listed, read_yaml
 
 SHARED = ("name", "model", "task", "data", "training")
 SECTIONS = (*SHARED, "seeds", "metrics", "methods", "search")
@@ -131,7 +132,7 @@ def _cell(parent: str, folder: str, method: str, seed: int, run: RunConfig, spli
 
 def is_comparison(path: Path) -> bool:
     """Whether a config is one for `mmtune compare`."""
-    return "methods" in read_config(path).values
+    return "methods" in read_yaml(find_config(path)).values
 
 
 def load_comparison(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> CompareConfig:
@@ -144,24 +145,24 @@ def load_comparison(name: str | os.PathLike[str], overrides: Iterable[str] = ())
     Raises:
         ConfigError: with every mistake there is, not only the first.
     """
-    source = read_config(name, overrides)
-    raw = source.values
-    run_name = name_of(source, SECTIONS)
-    seeds = checked(source, ("seeds",), list[Seed], raw.get("seeds", [0]))
-    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
-        source.add(("seeds",), f"expected different whole numbers, got {seeds!r}. Try [0, 1, 2].")
-    metrics = checked(source, ("metrics",), list[str], raw.get("metrics", []))
-    search = None
-    if raw.get("search") is not None:
-        search = checked(source, ("search",), SearchOptions, raw["search"])
-    methods = dict(_methods(source, seeds or [0]))
-    if not methods:
-        resolve(_RunSource(source))  # for the mistakes of the shared sections
-    for role in ("train", "test", *(["val"] if search else [])):
-        _require_split(source, role)
-    if source.mistakes:
-        raise ConfigError(source.mistakes)
-    return CompareConfig(run_name, seeds or [], metrics, methods, search, raw, source.path)
+    with reading(name, overrides) as source:
+        raw = source.values
+        run_name = name_of(source, SECTIONS)
+        seeds = checked(source, ("seeds",), list[Seed], raw.get("seeds", [0]))
+        if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+            source.add(
+                ("seeds",), f"expected different whole numbers, got {seeds!r}. Try [0, 1, 2]."
+            )
+        metrics = checked(source, ("metrics",), list[str], raw.get("metrics", []))
+        search = None
+        if raw.get("search") is not None:
+            search = checked(source, ("search",), SearchOptions, raw["search"])
+        methods = dict(_methods(source, seeds or [0]))
+        if not methods:
+            resolve(_RunSource(source))  # for the mistakes of the shared sections
+        for role in ("train", "test", *(["val"] if search else [])):
+            _require_split(source, role)
+        return CompareConfig(run_name, seeds or [], metrics, methods, search, raw, source.path)
 
 
 class _RunSource(YamlSource):

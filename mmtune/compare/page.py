@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from mmtune.compare.plots import Point, losses, scatter
 from mmtune.compare.table import Table, search_lines
 from mmtune.report.html import fill
 from mmtune.runs import RunFolder, write_text
+from mmtune.yaml_source import as_yaml
 
 PAGE = "compare.html"
 
@@ -35,7 +34,7 @@ def render_page(table: Table, root: Path) -> str:
         search=search_lines(table.choices) if table.choices else None,
         scatter=_scatter(table),
         losses=losses(_curves(table, root)),
-        config=yaml.safe_dump(document, sort_keys=False, allow_unicode=True),
+        config=as_yaml(document),
         manifest=table.base.manifest,
     )
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from tqdm.auto import tqdm
 
 from mmtune.compare.base import Base, evaluate_base, read_base
@@ -19,6 +18,7 @@ from mmtune.compare.table import Table, write_table
 from mmtune.report.numbers import duration
 from mmtune.runs import RunError, write_text
 from mmtune.suggestions import did_you_mean
+from mmtune.yaml_source import as_yaml
 
 CONFIG = "compare.yaml"
 Tell = Callable[[str], None]
@@ -118,7 +118,7 @@ def _claimed(config: CompareConfig, runs: Path) -> Path:
             "Choose another name with name=NAME."
         )
     root.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.document, sort_keys=False, allow_unicode=True)
+    text = as_yaml(config.document)
     write_text(root / CONFIG, text)
     return root
 

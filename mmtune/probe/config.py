@@ -7,14 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
 from editing.config import EditModelOptions
 from editing.ranges import Count, Seed
-from mmtune.config import check_name, checked, name_of, plain, read_config, section
+from mmtune.config import check_name, checked, name_of, reading, section
 from mmtune.probe.http_client import HttpOptions
 from mmtune.probe.styles import STYLES, StyleOptions
-from mmtune.yaml_source import ConfigError, YamlSource, listed
+from mmtune.yaml_source import YamlSource, as_yaml, listed, plain
 
 SECTIONS = ("name", "seed", "items", "models", "styles", "asking")
 
@@ -109,23 +107,20 @@ def load_probe_config(name: str | os.PathLike[str], overrides: Iterable[str] = (
     Raises:
         ConfigError: with every mistake there is, not only the first.
     """
-    source = read_config(name, overrides)
-    raw = source.values
-    run_name = name_of(source, SECTIONS)
-    seed = checked(source, ("seed",), Seed, raw.get("seed", 0))
-    asking = raw.get("asking") or {}
-    found = ProbeConfig(
-        name=run_name,
-        seed=seed,
-        items=section(source, "items", ItemOptions),
-        models=_models(source),
-        styles=_styles(source),
-        asking=checked(source, ("asking",), StyleOptions, {**asking, "seed": seed or 0}),
-        source=source.path,
-    )
-    if source.mistakes:
-        raise ConfigError(source.mistakes)
-    return found
+    with reading(name, overrides) as source:
+        raw = source.values
+        run_name = name_of(source, SECTIONS)
+        seed = checked(source, ("seed",), Seed, raw.get("seed", 0))
+        asking = raw.get("asking") or {}
+        return ProbeConfig(
+            name=run_name,
+            seed=seed,
+            items=section(source, "items", ItemOptions),
+            models=_models(source),
+            styles=_styles(source),
+            asking=checked(source, ("asking",), StyleOptions, {**asking, "seed": seed or 0}),
+            source=source.path,
+        )
 
 
 def to_yaml(config: ProbeConfig) -> str:
@@ -143,7 +138,7 @@ def to_yaml(config: ProbeConfig) -> str:
         "styles": list(config.styles),
         "asking": asking,
     }
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return as_yaml(document)
 
 
 def _styles(source: YamlSource) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmtune.config import plain
 from mmtune.reference.docstrings import option_texts
+from mmtune.yaml_source import plain
 
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 WORDS = {type(None): "null", Any: "any", str: "text", bool: "true | false"}
