@@ -29,7 +29,9 @@ def test_bf16_agrees_with_float64(compute, core, blocks):
     factors = ModeFactors()
     factors.add_adapter("default")
     layer = AuroraLinear(base, factors)
-    layer.add_adapter("default", blocks, 64, AuroraConfig(core=core, compute=compute), None)
+    layer.add_adapter(
+        "default", "768x768", blocks, 64, AuroraConfig(core=core, compute=compute), None
+    )
     factors.aurora_V["default"]["768x768"].data.normal_(std=0.05)
     x = torch.randn(512, blocks.columns * 768)
     layer.double(), factors.double()

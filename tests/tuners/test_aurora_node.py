@@ -16,6 +16,7 @@ from mmtune.conformance.backbones import build, images_and_texts
 from mmtune.tuners.aurora.layer import AuroraLinear
 from mmtune.tuners.aurora.node import updated_linears
 from mmtune.tuners.aurora.origins import Origins, cheap, origin_of
+from mmtune.tuners.aurora.rounds import pairs_of
 
 
 def case(outs, width, rank, seed, dtype=torch.float64, tokens=(2, 3)):
@@ -106,6 +107,34 @@ def test_no_weight_is_kept_for_backward():
         updated_linears(x, right, lefts, weights, biases)
     known = {t.data_ptr() for t in (x, right, *lefts, *weights)}
     assert {t.data_ptr() for t in kept} <= known
+
+
+def test_a_formed_weight_is_kept_where_tokens_are_many():
+    x, right, lefts, weights, biases = case((2, 3), 4, 2, 0, tokens=(3, 8))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outputs = updated_linears(x, right, lefts, weights, biases)
+    wholes = [w + left @ right for w, left in zip(weights, lefts, strict=True)]
+    for whole in wholes:
+        assert any(t.shape == whole.shape and torch.allclose(t, whole) for t in kept)
+    grads = torch.autograd.grad(sum(y.sin().sum() for y in outputs), [x, right, *lefts])
+    outputs = by_autograd(x, right, lefts, weights, biases)
+    want = torch.autograd.grad(sum(y.sin().sum() for y in outputs), [x, right, *lefts])
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(grads, want, strict=True))
+
+
+def test_readers_of_the_same_tokens_share_what_is_not_their_own():
+    u, v, m = torch.randn(2, 4), torch.randn(3, 2), torch.randn(3, 1, 2)
+    pairs = pairs_of(u, v, m, False, torch.bfloat16, ["a", "b", "a"])
+    assert pairs[0][1] is pairs[2][1]
+    assert all(part.dtype == torch.bfloat16 for pair in pairs for part in pair)
+
+
+def test_gradients_of_shared_factors_are_summed_in_their_own_dtype():
+    u = torch.zeros(1, 1, requires_grad=True)
+    pairs = pairs_of(u, torch.ones(1, 1), torch.ones(257, 1, 1), False, torch.bfloat16, range(257))
+    sum(right.sum() for _, right in pairs).backward()
+    assert u.grad.item() == 257  # 256 in bfloat16
 
 
 def adapted(compute, dtype=torch.float64, **settings):
@@ -239,7 +268,9 @@ def test_a_round_has_the_pairs_of_each_layer(core, sites):
     assert len(rounds.layers) == len(layers)
     rounds._begin(model, ())
     for layer in layers:
-        for found, want in zip(rounds.pair(layer, "default"), layer.pair("default"), strict=True):
+        update = rounds.update(layer, ["default"])
+        assert rounds.update(layer, ["default"]) is update
+        for found, want in zip((update.left, update.right), layer.pair("default"), strict=True):
             assert torch.allclose(found, want, atol=1e-12)
     assert len(rounds._known) == len(layers)
     with torch.no_grad():

@@ -144,12 +144,12 @@ class AuroraLinear(nn.Module, AuroraLayer):
         The mode vectors go to the side on which the weight's blocks lie.
         """
         u, v, m = self._factors(name, None)
-        return pairs_of(u, v, m[None], self.aurora_placed[name].blocks.columns > 1, m.dtype)[0]
+        return pairs_of(u, v, m[None], self.aurora_placed[name].blocks.columns > 1, m.dtype, [0])[0]
 
     def pairs(self, name: str, layers: Sequence[AuroraLinear]) -> Sequence[Pair]:
         """The pairs of layers of one `kind`, in which they are computed in few operations.
 
-        The side that is a layer's own comes in the dtype in which the layer computes.
+        They come in the dtype in which the layers compute.
         """
         placed, weight = self.aurora_placed[name], self.linear.weight
         kind = weight.device.type
@@ -159,7 +159,8 @@ class AuroraLinear(nn.Module, AuroraLayer):
         modes = torch.cat([layer.aurora_modes[name] for layer in layers])
         m = _scaled(mixers(core, modes, False, True), placed.alpha)
         m = m.unflatten(0, (len(layers), -1))
-        return pairs_of(u, v, m, placed.blocks.columns > 1, dtype)
+        readers = [id(layer.siblings) for layer in layers]
+        return pairs_of(u, v, m, placed.blocks.columns > 1, dtype, readers)
 
     def kind(self, name: str) -> tuple[Hashable, ...]:
         """Equal for layers whose pairs can be computed together."""

@@ -2,12 +2,14 @@
 
 y_i = x (W_i + L_i R)^T + b_i, with W_i frozen, L_i [o_i, r] and R [r, i] small. Autograd, given the
 sum as a weight, would form its gradient dy^T x, a product as dear as the layer itself, only to
-project it on L and R. Here the weight is formed on the fly, in forward and again in backward, and
+project it on L and R. Here the weight is formed on the fly, and
 
     dx = sum_i dy_i (W_i + L_i R)      dL_i = dy_i^T h,  h = x R^T      dR = (sum_i dy_i L_i)^T x
 
 so that only skinny products are added. Linears that read the same x and share R (an attention's q,
-k and v) are one node: h and dR are computed once, and dx is summed as it is computed.
+k and v) are one node: h and dR are computed once, and dx is summed as it is computed. The formed
+weight waits for backward where it is small beside the tokens' own activations; else it is formed
+again.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmtune.tuners.aurora.origins import Origin, origin_of
+
+# Tokens for each output feature from which a formed weight is kept: it is then below a hundredth of
+# what a Transformer layer keeps of these tokens.
+KEEP = 8
 
 
 def updated_linears(
@@ -48,14 +54,21 @@ def updated_linears(
             F.linear(x, w + (left @ right).to(w.dtype), b)
             for w, left, b in zip(weights, lefts, biases, strict=True)
         )
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return _node(x, right, lefts, weights, biases)
+    return _node(x, right, lefts, weights, biases)
+
+
+def _node(x: Tensor, right: Tensor, *rest: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    lefts, weights, biases = rest
     origin = origin_of(x)
     kept = x if origin is None else origin.source
-    with torch.autocast(x.device.type, enabled=False):
-        outputs = _UpdatedLinears.apply(
-            len(lefts), origin, x, kept.detach(), right, *lefts, *weights, *biases
-        )
+    outputs = _UpdatedLinears.apply(
+        len(lefts), origin, x, kept.detach(), right, *lefts, *weights, *biases
+    )
     return cast(tuple[Tensor, ...], outputs)
 
 
@@ -71,11 +84,13 @@ class _UpdatedLinears(torch.autograd.Function):
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         lefts, weights, biases = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        formed = [_updated(w, left, right, x.dtype) for w, left in zip(weights, lefts, strict=True)]
         ctx.n, ctx.compute = n, None if origin is None else origin.compute
-        ctx.save_for_backward(kept, right, *lefts, *weights)
+        ctx.formed = x.numel() // x.shape[-1] >= KEEP * max(len(w) for w in weights)
+        ctx.save_for_backward(kept, right, *lefts, *(formed if ctx.formed else weights))
         return tuple(
-            F.linear(x, _updated(w, left, right, x.dtype), None if b is None else b.to(x.dtype))
-            for w, left, b in zip(weights, lefts, biases, strict=True)
+            F.linear(x, w, None if b is None else b.to(x.dtype))
+            for w, b in zip(formed, biases, strict=True)
         )
 
     @staticmethod
@@ -96,7 +111,8 @@ class _UpdatedLinears(torch.autograd.Function):
         for dy, left, w, needed in zip(dys, lefts, weights, needs_left, strict=True):
             dy = dy.flatten(0, -2)
             if needs_x:
-                dx = _plus_product(dx, dy, _updated(w, left, right, x.dtype))
+                whole = w if ctx.formed else _updated(w, left, right, x.dtype)
+                dx = _plus_product(dx, dy, whole)
             if needs_right:
                 g = _plus_product(g, dy, left.to(x.dtype))
             d_lefts.append((dy.T @ h).to(left.dtype) if needed and h is not None else None)

@@ -51,12 +51,12 @@ class Siblings:
 
 
 def _together(group: Sequence[AuroraLinear], names: Sequence[str], x: Tensor) -> tuple[Tensor, ...]:
-    pairs = [[m.rounds.pair(m, name) for name in names] for m in group]
-    lefts = [_joined([left for left, _ in pair], 1) for pair in pairs]
-    right = _joined([right for _, right in pairs[0]], 0)
+    updates = [m.rounds.update(m, names) for m in group]
     bases = [m.linear for m in group]
-    return updated_linears(x, right, lefts, [b.weight for b in bases], [b.bias for b in bases])
-
-
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    return updated_linears(
+        x,
+        updates[0].right,
+        [update.left for update in updates],
+        [base.weight for base in bases],
+        [base.bias for base in bases],
+    )
