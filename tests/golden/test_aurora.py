@@ -70,7 +70,7 @@ def additive(draws):
     return (1.0 - torch.from_numpy(draws.stored["mask"]).float())[:, None, None] * -10000
 
 
-@pytest.fixture(params=["separate", "materialise"])
+@pytest.fixture(params=["separate", "materialise", "auto"])
 def compute(request):
     return request.param
 

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("compute", ["separate", "materialise"])
+@pytest.mark.parametrize("compute", ["separate", "materialise", "auto"])
 @pytest.mark.parametrize("core", ["diagonal", "dense"])
 @pytest.mark.parametrize(
     "blocks", [Blocks(768, 768), Blocks(768, 768, rows=4), Blocks(768, 768, columns=4)]

@@ -78,7 +78,7 @@ def test_diagonal_core_is_the_sum_of_rank_one_terms(blocks, seed):
     assert torch.allclose(adapted.get_delta_weight("default"), want, atol=1e-12)
 
 
-@pytest.mark.parametrize("compute", ["separate", "materialise"])
+@pytest.mark.parametrize("compute", ["separate", "materialise", "auto"])
 @pytest.mark.parametrize("core", ["diagonal", "dense"])
 @pytest.mark.parametrize("blocks", [Blocks(3, 2), Blocks(2, 2, rows=2), Blocks(2, 2, columns=2)])
 def test_gradients_in_float64(compute, core, blocks):

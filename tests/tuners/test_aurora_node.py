@@ -1,6 +1,7 @@
 """Linears with low-rank updates as one node: its values, gradients, and what it does not keep."""
 
 import copy
+import types
 
 import peft
 import pytest
@@ -13,10 +14,12 @@ from torch import nn
 from mmtune import AuroraConfig
 from mmtune.backbones import backbone_of
 from mmtune.conformance.backbones import build, images_and_texts
+from mmtune.tuners.aurora.factors import Blocks, ModeFactors
 from mmtune.tuners.aurora.layer import AuroraLinear
-from mmtune.tuners.aurora.node import updated_linears
+from mmtune.tuners.aurora.node import updated_linear
 from mmtune.tuners.aurora.origins import Origins, cheap, origin_of
-from mmtune.tuners.aurora.rounds import pairs_of
+from mmtune.tuners.aurora.stacks import AT_ONCE, Stack
+from mmtune.tuners.aurora.updates import Update
 
 
 def case(outs, width, rank, seed, dtype=torch.float64, tokens=(2, 3)):
@@ -32,6 +35,16 @@ def case(outs, width, rank, seed, dtype=torch.float64, tokens=(2, 3)):
     return x, right, lefts, weights, biases
 
 
+def updated_linears(x, right, lefts, weights, biases, formed=False):
+    left, widths = torch.cat(lefts), [len(w) for w in weights]
+    bias = torch.cat(
+        [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    )
+    whole = (torch.cat(weights) + left @ right).detach() if formed else None
+    given = () if formed else weights
+    return updated_linear(x, left, right, given, bias, whole).split(widths, -1)
+
+
 def by_autograd(x, right, lefts, weights, biases):
     return tuple(
         F.linear(x, w + left @ right, b) for w, left, b in zip(weights, lefts, biases, strict=True)
@@ -43,13 +56,15 @@ def by_autograd(x, right, lefts, weights, biases):
     width=st.integers(1, 4),
     rank=st.integers(1, 3),
     seed=st.integers(0, 2**16),
+    formed=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
-def test_gradients_in_float64(outs, width, rank, seed):
+def test_gradients_in_float64(outs, width, rank, seed, formed):
     x, right, lefts, weights, biases = case(outs, width, rank, seed)
 
     def run(x, right, *lefts):
-        return updated_linears(x, right, lefts, weights, biases)
+        # A weight formed of the factors that gradcheck moves must move along.
+        return updated_linears(x, right, lefts, weights, biases, formed)
 
     want = by_autograd(x, right, lefts, weights, biases)
     for y, w in zip(run(x, right, *lefts), want, strict=True):
@@ -105,36 +120,36 @@ def test_no_weight_is_kept_for_backward():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         updated_linears(x, right, lefts, weights, biases)
-    known = {t.data_ptr() for t in (x, right, *lefts, *weights)}
-    assert {t.data_ptr() for t in kept} <= known
+    shapes = [t.shape for t in (x, torch.cat(lefts), right, *weights)]
+    assert [t.shape for t in kept if t.shape != torch.Size([5])] == shapes
 
 
 def test_a_formed_weight_is_kept_where_tokens_are_many():
-    x, right, lefts, weights, biases = case((2, 3), 4, 2, 0, tokens=(3, 8))
+    x, right, lefts, weights, biases = case((2, 3), 4, 2, 0, tokens=(5, 8))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         outputs = updated_linears(x, right, lefts, weights, biases)
-    wholes = [w + left @ right for w, left in zip(weights, lefts, strict=True)]
-    for whole in wholes:
-        assert any(t.shape == whole.shape and torch.allclose(t, whole) for t in kept)
+    whole = torch.cat(weights) + torch.cat(lefts) @ right
+    assert any(t.shape == whole.shape and torch.allclose(t, whole) for t in kept)
     grads = torch.autograd.grad(sum(y.sin().sum() for y in outputs), [x, right, *lefts])
     outputs = by_autograd(x, right, lefts, weights, biases)
     want = torch.autograd.grad(sum(y.sin().sum() for y in outputs), [x, right, *lefts])
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(grads, want, strict=True))
 
 
-def test_readers_of_the_same_tokens_share_what_is_not_their_own():
-    u, v, m = torch.randn(2, 4), torch.randn(3, 2), torch.randn(3, 1, 2)
-    pairs = pairs_of(u, v, m, False, torch.bfloat16, ["a", "b", "a"])
-    assert pairs[0][1] is pairs[2][1]
-    assert all(part.dtype == torch.bfloat16 for pair in pairs for part in pair)
+def stack_of(u, modes, columns=False, dtype=torch.bfloat16):
+    count = len(modes)
+    layers = [types.SimpleNamespace(linear=nn.Linear(4, 3).to(dtype)) for _ in range(count)]
+    v = torch.ones(3, len(u))
+    return Stack([[layer] for layer in layers], u, v, modes, columns, dtype, whole=True)
 
 
 def test_gradients_of_shared_factors_are_summed_in_their_own_dtype():
-    u = torch.zeros(1, 1, requires_grad=True)
-    pairs = pairs_of(u, torch.ones(1, 1), torch.ones(257, 1, 1), False, torch.bfloat16, range(257))
-    sum(right.sum() for _, right in pairs).backward()
-    assert u.grad.item() == 257  # 256 in bfloat16
+    u = torch.zeros(1, 4, requires_grad=True)
+    stack = stack_of(u, torch.ones(257, 1, 1))
+    assert all(part.dtype == torch.bfloat16 for pair in stack.pairs for part in pair)
+    sum(right.sum() for _, right in stack.pairs).backward()
+    assert u.grad.tolist() == [[257] * 4]  # 256 in bfloat16
 
 
 def adapted(compute, dtype=torch.float64, **settings):
@@ -177,12 +192,37 @@ def test_a_model_has_the_gradients_of_the_separate_path(sites, checkpointing):
     assert all(torch.allclose(g, wanted[n], rtol=1e-8, atol=1e-10) for n, g in grads.items())
 
 
+@pytest.mark.parametrize(("tokens", "formed"), [(7, []), (8, [1]), (9, [1])])
+def test_auto_forms_the_weight_where_that_multiplies_fewer_numbers(tokens, formed, monkeypatch):
+    calls = []
+    stock = Update.output
+    monkeypatch.setattr(
+        Update, "output", lambda self, x: calls.append(len(self.members)) or stock(self, x)
+    )
+    factors = ModeFactors()
+    factors.add_adapter("default")
+    layer = AuroraLinear(nn.Linear(16, 16), factors).double()
+    config = AuroraConfig(rank=4, compute="auto", seed=0)
+    layer.add_adapter("default", "16x16", Blocks(16, 16), 4, config, None)
+    layer.double(), factors.double()
+    factors.aurora_V["default"]["16x16"].data.normal_()
+    layer.set_adapter("default")
+    x = torch.randn(tokens, 16).double()
+    want = layer.base_layer(x) + x @ layer.get_delta_weight("default").T
+    assert torch.allclose(layer(x), want)
+    assert calls == formed
+
+
+def test_auto_with_dropout_is_separate():
+    assert not AuroraConfig(compute="auto", dropout=0.1).forms()
+    assert AuroraConfig(compute="auto").forms()
+
+
 def test_siblings_compute_once_what_they_share(monkeypatch):
     calls = []
-    stock = updated_linears
+    stock = Update.output
     monkeypatch.setattr(
-        "mmtune.tuners.aurora.siblings.updated_linears",
-        lambda x, right, lefts, *rest: calls.append(len(lefts)) or stock(x, right, lefts, *rest),
+        Update, "output", lambda self, x: calls.append(len(self.members)) or stock(self, x)
     )
     step(adapted("materialise"))
     assert calls == [3, 1] * 4  # q, k, v; out; in two layers of two towers
@@ -259,34 +299,111 @@ def test_unloading_takes_the_marks_away():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("core", ["diagonal", "dense"])
+SETTINGS = [
+    {"core": "diagonal"},
+    {"core": "dense"},
+    {"core": "dense", "block_layout": "interleaved"},
+    {"sharing": "layer"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("sites", [["q", "k", "v", "out"], ["q", "fc1", "fc2"]])
-def test_a_round_has_the_pairs_of_each_layer(core, sites):
-    model = adapted("materialise", core=core, sites=sites, alpha=0.5)
+def test_a_round_has_the_update_of_each_layer(settings, sites):
+    model = adapted("materialise", sites=sites, alpha=0.5, **settings)
     layers = [m for m in model.modules() if isinstance(m, AuroraLinear)]
     rounds = layers[0].rounds
     assert len(rounds.layers) == len(layers)
     rounds._begin(model, ())
-    for layer in layers:
-        update = rounds.update(layer, ["default"])
-        assert rounds.update(layer, ["default"]) is update
-        for found, want in zip((update.left, update.right), layer.pair("default"), strict=True):
-            assert torch.allclose(found, want, atol=1e-12)
     assert len(rounds._known) == len(layers)
+    for layer in layers:
+        update = rounds.known(layer).update
+        members = [m for m in update.members if m is layer]
+        assert len(members) == 1
+        ((stack, place),) = update.places
+        delta, whole = update.left @ update.right, stack.formed(place)[0]
+        bases = torch.cat([m.linear.weight for m in update.members])
+        assert torch.allclose(whole, bases + delta, atol=1e-12)
+        start = sum(m.out_features for m in update.members[: update.members.index(layer)])
+        mine = delta[start : start + layer.out_features]
+        assert mine.abs().max() > 1e-3
+        assert torch.allclose(mine, layer.get_delta_weight("default"), atol=1e-12)
     with torch.no_grad():
         rounds._end(model, (), None)
     assert not rounds._known
 
 
+def test_no_formed_weight_outlives_the_pass():
+    model = adapted("materialise").train()
+    rounds = next(m for m in model.modules() if isinstance(m, AuroraLinear)).rounds
+    seen = []
+    model.get_base_model().register_forward_hook(
+        lambda m, a, out: seen.extend(s for s in rounds._stacks if s._formed), prepend=True
+    )
+    step(model)
+    assert len(seen) == 2  # a tower each
+    assert not rounds._stacks
+    assert not any(s._formed for s in seen)
+    again = seen[0].formed(1)  # as a layer that is recomputed asks
+    assert not seen[0]._formed
+    (left, right), base = seen[0].pairs[1], seen[0]._units[1][0].linear
+    assert torch.allclose(again[0], base.weight + left @ right)
+
+
+@pytest.mark.parametrize("why", ["size", "trains"])
+def test_weights_are_not_formed_at_once_where_something_speaks_against_it(why, monkeypatch):
+    want = step(adapted("materialise"))
+    model = adapted("materialise")
+    if why == "size":
+        monkeypatch.setattr("mmtune.tuners.aurora.stacks.AT_ONCE", 8 * 16 * 16)
+    else:
+        for m in model.modules():
+            if isinstance(m, AuroraLinear):
+                m.linear.bias.requires_grad_()
+    formed = []
+    stock = Stack.formed
+    monkeypatch.setattr(
+        Stack, "formed", lambda self, i: formed.append(stock(self, i)) or formed[-1]
+    )
+    loss, grads = step(model)
+    assert formed
+    assert not any(formed)
+    assert torch.allclose(loss, want[0])
+    assert all(torch.allclose(grads[n], g, atol=1e-10) for n, g in want[1].items())
+    assert AT_ONCE == 2**29
+
+
+def test_the_updates_of_several_adapters_add_up():
+    model = adapted("materialise")
+    model.add_adapter("other", AuroraConfig(rank=3, seed=5, compute="materialise", alpha=2.0))
+    model.add_adapter("apart", AuroraConfig(rank=2, seed=6))
+    for name, p in model.named_parameters():
+        if "aurora_V" in name and "default" not in name:
+            torch.nn.init.normal_(p, std=0.1)
+        p.data = p.data.double()
+    model.base_model.set_adapter(["default", "other", "apart"])
+    loss = step(model)[0]
+    for layer in model.modules():
+        if isinstance(layer, AuroraLinear):
+            total = sum(layer.get_delta_weight(n) for n in ("default", "other", "apart"))
+            layer.linear.weight.data += total.detach()
+    with model.disable_adapter():
+        inputs = images_and_texts(0, 3)
+        out = model(**{**inputs, "pixel_values": inputs["pixel_values"].double()})
+    merged = (out.image_embeds * out.text_embeds).sum() + out.image_embeds.pow(3).sum()
+    assert torch.allclose(loss, merged)
+
+
 def test_pairs_are_computed_once_a_forward_pass(monkeypatch):
     calls = []
-    stock = AuroraLinear.pairs
+    stock = AuroraLinear.stack
     monkeypatch.setattr(
         AuroraLinear,
-        "pairs",
-        lambda self, name, layers: calls.append(len(layers)) or stock(self, name, layers),
+        "stack",
+        lambda self, name, units, **k: (
+            calls.append(sum(map(len, units))) or stock(self, name, units, **k)
+        ),
     )
-    monkeypatch.setattr(AuroraLinear, "pair", None)  # nobody is left alone
     model = adapted("materialise").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()

@@ -11,7 +11,7 @@ from mmtune.tuners.sited import SitedConfig
 CHOICES = {
     "core": ("diagonal", "dense"),
     "block_layout": ("plain", "interleaved"),
-    "compute": ("separate", "materialise"),
+    "compute": ("auto", "separate", "materialise"),
     "sharing": ("all", "branch", "layer"),
     "gate": (None, "off", "tanh", "reference"),
     "context": (None, "off", "tokens", "batch", "reference"),
@@ -73,7 +73,9 @@ class AuroraConfig(SitedConfig):
         branch_ranks: branch -> rank (at most `rank`, which it may lower for that branch): the
             branch uses the first components of the shared factors.
         compute: "separate" multiplies tokens by the factors; "materialise" adds dW to the weight
-            first, which is faster for many tokens but rounds small updates away in bf16.
+            first, which is faster for many tokens but rounds small updates away in bf16; "auto"
+            does so where it multiplies fewer numbers, for more than d_in d_out / (d_in + d_out)
+            tokens, and never with dropout.
         branches, layers, seed, adapted: see `SitedConfig`.
 
     Source:
@@ -96,7 +98,7 @@ class AuroraConfig(SitedConfig):
     context: Literal["off", "tokens", "batch", "reference"] | None = None
     sites: list[str] | dict[str, list[str]] = field(default_factory=lambda: ["q", "k", "v", "out"])
     branch_ranks: dict[str, int] = field(default_factory=dict)
-    compute: Literal["separate", "materialise"] = "separate"
+    compute: Literal["auto", "separate", "materialise"] = "separate"
 
     def problems(self) -> Iterator[str]:
         if self.rank < 1:
@@ -122,6 +124,10 @@ class AuroraConfig(SitedConfig):
                     f"aurora.branch_ranks.{branch} must be in 1..{self.rank} (rank, the shared "
                     f"factors' size), got {rank}. Raise rank to go higher."
                 )
+
+    def forms(self) -> bool:
+        """Whether updates are ever added to weights in a forward pass."""
+        return self.compute == "materialise" or (self.compute == "auto" and not self.dropout)
 
     def rank_of(self, branch: str) -> int:
         """Components that `branch` uses."""

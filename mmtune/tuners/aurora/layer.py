@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, Blocks, ModeFactors, mixers
-from mmtune.tuners.aurora.rounds import Pair, Rounds, pairs_of
+from mmtune.tuners.aurora.node import computing_dtype
+from mmtune.tuners.aurora.rounds import Rounds
 from mmtune.tuners.aurora.siblings import Siblings
+from mmtune.tuners.aurora.stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Placed:
     rank: int
     alpha: float
     interleaved: bool
-    materialise: bool
+    compute: str
 
 
 class AuroraLinear(nn.Module, AuroraLayer):
@@ -100,27 +102,42 @@ class AuroraLinear(nn.Module, AuroraLayer):
             rank,
             config.alpha,
             config.block_layout == "interleaved",
-            config.compute == "materialise",
+            config.compute if config.forms() else "separate",
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
+        known = self.rounds.known(self)
+        if known is None and self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        whole = self.added()
-        y = self.siblings.updated(self, whole, x) if whole else self.base_layer(x, *args, **kwargs)
-        for name in self._active():
-            if name not in whole:
+        added = self.added() if known is None else known.added
+        if added and self._few(x) and (always := self.added(always=True)) != added:
+            added, known = always, None
+        if added:
+            y = self.siblings.output(self, x, added, known and known.update)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for name in self.active() if known is None else known.others:
+            if name not in added:
                 y = y + self._token_delta(name, x).to(y.dtype)
         return y
 
-    def _active(self) -> list[str]:
+    def _few(self, x: Tensor) -> bool:
+        """Whether forming dW = L R multiplies more numbers than applying R and L to tokens."""
+        tokens = x.numel() // self.in_features
+        return tokens * (self.in_features + self.out_features) < (
+            self.in_features * self.out_features
+        )
+
+    def active(self) -> list[str]:
+        """Adapters that act and are not in the weight already."""
         return [] if self.merged else self.acting("aurora_modes")
 
-    def added(self) -> list[str]:
-        """Active adapters whose update is added to the weight."""
-        return [name for name in self._active() if self.aurora_placed[name].materialise]
+    def added(self, always: bool = False) -> list[str]:
+        """Active adapters whose update is added to the weight; `always`, for few tokens too."""
+        kinds = ("materialise",) if always else ("materialise", "auto")
+        return [name for name in self.active() if self.aurora_placed[name].compute in kinds]
 
     def _token_delta(self, name: str, x: Tensor) -> Tensor:
         """The update applied to tokens, without forming dW: [..., in] -> [..., out]."""
@@ -138,40 +155,40 @@ class AuroraLinear(nn.Module, AuroraLayer):
         y = F.linear(h, v)
         return y.flatten(-2) if blocks.rows > 1 else y
 
-    def pair(self, name: str) -> Pair:
-        """L [out_features, R] and R [R, in_features] with dW = L R, in the factors' dtype.
+    def stack(
+        self,
+        name: str,
+        units: Sequence[Sequence[AuroraLinear]],
+        dtype: torch.dtype | None = None,
+        whole: bool = False,
+    ) -> Stack:
+        """An adapter's updates of layers of the kind of this one; see `Stack`.
 
-        The mode vectors go to the side on which the weight's blocks lie.
+        Args:
+            name: of the adapter.
+            units: of layers that compute together.
+            dtype: None means that in which the layers compute.
+            whole: whether weights are formed at once.
         """
-        u, v, m = self._factors(name, None)
-        return pairs_of(u, v, m[None], self.aurora_placed[name].blocks.columns > 1, m.dtype, [0])[0]
-
-    def pairs(self, name: str, layers: Sequence[AuroraLinear]) -> Sequence[Pair]:
-        """The pairs of layers of one `kind`, in which they are computed in few operations.
-
-        They come in the dtype in which the layers compute.
-        """
-        placed, weight = self.aurora_placed[name], self.linear.weight
-        kind = weight.device.type
-        auto = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if auto else weight.dtype
+        placed = self.aurora_placed[name]
+        columns = placed.blocks.columns > 1
         u, v, core = cast(ModeFactors, self.factors).of(name, placed.key, placed.rank)
-        modes = torch.cat([layer.aurora_modes[name] for layer in layers])
-        m = _scaled(mixers(core, modes, False, True), placed.alpha)
-        m = m.unflatten(0, (len(layers), -1))
-        readers = [id(layer.siblings) for layer in layers]
-        return pairs_of(u, v, m, placed.blocks.columns > 1, dtype, readers)
+        modes = [layer.aurora_modes[name] for unit in units for layer in unit]
+        if placed.interleaved:  # mixes the mode vectors of one layer
+            m = torch.stack([mixers(core, of_one, True, not columns) for of_one in modes])
+        else:
+            m = mixers(core, torch.cat(modes), False, True).unflatten(0, (len(modes), -1))
+        dtype = dtype or computing_dtype(self.linear.weight)
+        return Stack(units, u, v, _scaled(m, placed.alpha), columns, dtype, whole)
 
     def kind(self, name: str) -> tuple[Hashable, ...]:
-        """Equal for layers whose pairs can be computed together."""
-        placed = self.aurora_placed[name]
-        if placed.interleaved:  # mixes the mode vectors of one layer
-            return (id(self),)
-        return (placed, self.linear.weight.device, self.linear.weight.dtype)
+        """Equal for layers whose updates can be computed together."""
+        weight = self.linear.weight
+        return (self.aurora_placed[name], weight.device, weight.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """DW of an adapter, [out_features, in_features], in the dtype of its factors."""
-        left, right = self.pair(adapter)
+        left, right = self.stack(adapter, [[self]], self.aurora_modes[adapter].dtype).pairs[0]
         return left @ right
 
     def _factors(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:

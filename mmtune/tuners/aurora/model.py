@@ -48,7 +48,7 @@ class AuroraModel(SitedTuner):
     def _choose(self, backbone: Backbone, config: Any) -> Sequence[Site | Fusion]:
         chosen = backbone.select(config.branches, config.sites, config.layers)
         require_linear(chosen, "aurora")
-        self._cheap = cheap(backbone, chosen) if config.compute == "materialise" else []
+        self._cheap = cheap(backbone, chosen) if config.forms() else []
         fusions = settle(backbone, config)
         reading = [fusion for fusion in fusions if fusion.words]
         self._last_reading = reading[-1] if reading else None

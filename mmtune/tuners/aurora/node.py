@@ -1,15 +1,14 @@
-"""Linears whose weights get a low-rank update, as one node of the autograd graph.
+"""A Linear whose weight gets a low-rank update, as one node of the autograd graph.
 
-y_i = x (W_i + L_i R)^T + b_i, with W_i frozen, L_i [o_i, r] and R [r, i] small. Autograd, given the
-sum as a weight, would form its gradient dy^T x, a product as dear as the layer itself, only to
-project it on L and R. Here the weight is formed on the fly, and
+y = x (W + L R)^T + b, with W frozen, L [o, r] and R [r, i] small. Autograd, given the sum as a
+weight, would form its gradient dy^T x, a product as dear as the layer itself, only to project it on
+L and R. Here
 
-    dx = sum_i dy_i (W_i + L_i R)      dL_i = dy_i^T h,  h = x R^T      dR = (sum_i dy_i L_i)^T x
+    dx = dy (W + L R)      dL = dy^T h,  h = x R^T      dR = (dy L)^T x
 
 so that only skinny products are added. Linears that read the same x and share R (an attention's q,
-k and v) are one node: h and dR are computed once, and dx is summed as it is computed. The formed
-weight waits for backward where it is small beside the tokens' own activations; else it is formed
-again.
+k and v) are one node, their weights below one another. The formed weight waits for backward where
+it is small beside the tokens' own activations; else it is formed again.
 """
 
 from __future__ import annotations
@@ -29,102 +28,114 @@ from mmtune.tuners.aurora.origins import Origin, origin_of
 KEEP = 8
 
 
-def updated_linears(
+def updated_linear(
     x: Tensor,
+    left: Tensor,
     right: Tensor,
-    lefts: Sequence[Tensor],
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> tuple[Tensor, ...]:
-    """Apply n Linears with low-rank updates to the same tokens.
+    bias: Tensor | None,
+    formed: Tensor | None = None,
+) -> Tensor:
+    """Apply a Linear with a low-rank update.
 
     Args:
         x: [..., i].
-        right: R [r, i]; n Linears share it.
-        lefts: L [o, r] of each.
-        weights: W [o, i] of each. Where one of them or of the biases wants a gradient, everything
-            is left to autograd.
-        biases: [o] of each, or None.
+        left: L [o, r].
+        right: R [r, i].
+        weights: the parts of W, which lie below one another; together [o, i]. Where one of them or
+            the bias wants a gradient, everything is left to autograd.
+        bias: [o] or None.
+        formed: W + L R [o, i] in the dtype of the result, where it is at hand; then `weights` are
+            not looked at.
 
     Returns:
-        [..., o] of each, in the dtype of x; under autocast in autocast's.
+        [..., o] in `computing_dtype(x)`.
     """
-    if any(p is not None and p.requires_grad for p in (*weights, *biases)):
-        return tuple(
-            F.linear(x, w + (left @ right).to(w.dtype), b)
-            for w, left, b in zip(weights, lefts, biases, strict=True)
-        )
+    trains = any(w.requires_grad for w in weights) or (bias is not None and bias.requires_grad)
+    if trains and formed is None:
+        w = _joined(weights)
+        return F.linear(x, w + (left @ right).to(w.dtype), bias)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return _node(x, right, lefts, weights, biases)
-    return _node(x, right, lefts, weights, biases)
+            return _node(x, left, right, weights, bias, formed)
+    return _node(x, left, right, weights, bias, formed)
 
 
-def _node(x: Tensor, right: Tensor, *rest: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    lefts, weights, biases = rest
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """Of a product with x: autocast's, where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _node(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    formed: Tensor | None,
+) -> Tensor:
     origin = origin_of(x)
     kept = x if origin is None else origin.source
-    outputs = _UpdatedLinears.apply(
-        len(lefts), origin, x, kept.detach(), right, *lefts, *weights, *biases
-    )
-    return cast(tuple[Tensor, ...], outputs)
+    weights = weights if formed is None else ()
+    y = _UpdatedLinear.apply(origin, formed, x, kept.detach(), left, right, bias, *weights)
+    return cast(Tensor, y)
 
 
-class _UpdatedLinears(torch.autograd.Function):
+class _UpdatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        n: int,
         origin: Origin | None,
+        formed: Tensor | None,
         x: Tensor,
         kept: Tensor,
+        left: Tensor,
         right: Tensor,
-        *rest: Tensor,
-    ) -> tuple[Tensor, ...]:
-        lefts, weights, biases = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        formed = [_updated(w, left, right, x.dtype) for w, left in zip(weights, lefts, strict=True)]
-        ctx.n, ctx.compute = n, None if origin is None else origin.compute
-        ctx.formed = x.numel() // x.shape[-1] >= KEEP * max(len(w) for w in weights)
-        ctx.save_for_backward(kept, right, *lefts, *(formed if ctx.formed else weights))
-        return tuple(
-            F.linear(x, w, None if b is None else b.to(x.dtype))
-            for w, b in zip(formed, biases, strict=True)
-        )
+        bias: Tensor | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        whole = _formed(weights, left, right, x.dtype) if formed is None else formed
+        ctx.compute = None if origin is None else origin.compute
+        tokens = x.numel() // x.shape[-1]
+        ctx.whole = formed is not None or tokens >= KEEP * len(whole)
+        ctx.save_for_backward(kept, left, right, *([whole] if ctx.whole else weights))
+        return F.linear(x, whole, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        n = ctx.n
-        x, right, *rest = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, left, right, *weights = ctx.saved_tensors
         if ctx.compute is not None:
             x = ctx.compute(x)
-        lefts, weights = rest[:n], rest[n:]
-        needs_x, needs_right = ctx.needs_input_grad[2], ctx.needs_input_grad[4]
-        needs_left = ctx.needs_input_grad[5 : 5 + n]
-        tokens = x.flatten(0, -2)
-        r = right.to(x.dtype)
-        h = F.linear(tokens, r) if any(needs_left) else None
-        dx, g = None, None
-        d_lefts: list[Tensor | None] = []
-        for dy, left, w, needed in zip(dys, lefts, weights, needs_left, strict=True):
-            dy = dy.flatten(0, -2)
-            if needs_x:
-                whole = w if ctx.formed else _updated(w, left, right, x.dtype)
-                dx = _plus_product(dx, dy, whole)
-            if needs_right:
-                g = _plus_product(g, dy, left.to(x.dtype))
-            d_lefts.append((dy.T @ h).to(left.dtype) if needed and h is not None else None)
-        d_right = (g.T @ tokens).to(right.dtype) if g is not None else None
-        d_x = dx.view_as(x) if dx is not None else None
-        return (None, None, d_x, None, d_right, *d_lefts, *[None] * (2 * n))
+        needs_x, needs_left, needs_right = (ctx.needs_input_grad[i] for i in (2, 4, 5))
+        tokens, dy = x.flatten(0, -2), dy.flatten(0, -2)
+        dx = d_left = d_right = None
+        if needs_x:
+            whole = weights[0] if ctx.whole else _formed(weights, left, right, x.dtype)
+            dx = (dy @ whole).view_as(x)
+        if needs_left:
+            d_left = (dy.T @ F.linear(tokens, right.to(x.dtype))).to(left.dtype)
+        if needs_right:
+            d_right = ((dy @ left.to(x.dtype)).T @ tokens).to(right.dtype)
+        return (
+            None,
+            None,
+            dx,
+            None,
+            d_left,
+            d_right,
+            None,
+            *[None] * len(ctx.needs_input_grad[7:]),
+        )
 
 
-def _updated(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def _formed(weights: Sequence[Tensor], left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """W + L R in `dtype`, rounded once where W has that dtype."""
-    return torch.addmm(weight.to(dtype), left.to(dtype), right.to(dtype))
+    return torch.addmm(_joined(weights).to(dtype), left.to(dtype), right.to(dtype))
 
 
-def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a @ b if total is None else total.addmm_(a, b)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmtune.tuners.aurora.node import updated_linears
+from mmtune.tuners.aurora.updates import Update
 
 if TYPE_CHECKING:
     from mmtune.tuners.aurora.layer import AuroraLinear
@@ -32,31 +32,33 @@ class Siblings:
         self._tokens: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
-    def updated(self, member: AuroraLinear, names: Sequence[str], x: Tensor) -> Tensor:
-        """The output of a member whose adapters `names` are added to its weight."""
+    def group(self, member: AuroraLinear, names: Sequence[str]) -> list[AuroraLinear]:
+        """The members that compute together with one whose adapters `names` join its weight."""
         # Replicas of nn.DataParallel share this object and are no members of it.
         if torch.compiler.is_compiling() or not any(m is member for m in self.members):
-            return _together([member], names, x)[0]
+            return [member]
+        return [m for m in self.members if m is member or m.joins(member, names)]
+
+    def output(
+        self, member: AuroraLinear, x: Tensor, names: Sequence[str], update: Update | None
+    ) -> Tensor:
+        """The output of a member.
+
+        Args:
+            member: whose.
+            x: [..., in_features].
+            names: the adapters that are added to its weight.
+            update: of its group, where it is known.
+        """
         if x is self._tokens and id(member) in self._waiting:
             y = self._waiting.pop(id(member))
             if not self._waiting:
                 self._tokens = None
             return y
-        others = [m for m in self.members if m is not member and m.joins(member, names)]
-        group = [member, *others]
-        outputs = _together(group, names, x)
-        self._waiting = {id(m): y for m, y in zip(group[1:], outputs[1:], strict=True)}
-        self._tokens = x if self._waiting else None
-        return outputs[0]
-
-
-def _together(group: Sequence[AuroraLinear], names: Sequence[str], x: Tensor) -> tuple[Tensor, ...]:
-    updates = [m.rounds.update(m, names) for m in group]
-    bases = [m.linear for m in group]
-    return updated_linears(
-        x,
-        updates[0].right,
-        [update.left for update in updates],
-        [base.weight for base in bases],
-        [base.bias for base in bases],
-    )
+        update = update or Update.now(self.group(member, names), names)
+        if len(update.members) == 1:
+            return update.output(x)
+        waiting = update.outputs(x)
+        y = waiting.pop(id(member))
+        self._tokens, self._waiting = x, waiting
+        return y
