@@ -455,3 +455,35 @@ def test_an_error_in_the_forward_pass_ends_the_round():
     with pytest.raises(Exception):  # noqa: B017, PT011
         model(pixel_values=torch.zeros(1, 3, 5, 5), input_ids=torch.zeros(1, 4, dtype=torch.long))
     assert not rounds._open
+
+
+def test_compiled_in_one_graph_it_is_the_same():
+    model = adapted("materialise")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss, grads = step(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    model.zero_grad()
+    want, wanted = step(adapted("materialise"))
+    assert torch.allclose(loss, want)
+    assert len(grads) == len(wanted)
+    for found, expected in zip(grads.values(), wanted.values(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-10)
+
+
+def test_a_plan_is_made_anew_where_adapters_act_in_another_way():
+    model = adapted("materialise")
+    rounds = next(m for m in model.modules() if isinstance(m, AuroraLinear)).rounds
+    step(model)
+    plan = rounds._planned()
+    step(model)
+    assert rounds._planned() is plan
+    with model.disable_adapter():
+        assert not rounds._planned().units
+    layer = rounds.layers[0]
+    layer.merge()
+    assert layer not in [m for unit in rounds._planned().units for m in unit.members]
+    layer.unmerge()
+    layer.linear.weight.data = layer.linear.weight.data.float()
+    assert len(rounds._planned().stacks) == len(plan.stacks) + 1

@@ -58,7 +58,8 @@ class AuroraLinear(nn.Module, AuroraLayer):
     @property
     def linear(self) -> nn.Linear:
         """The stock layer."""
-        return cast(nn.Linear, self.get_base_layer())
+        base = self._modules["base_layer"]
+        return base if type(base) is nn.Linear else cast(nn.Linear, self.get_base_layer())
 
     def joins(self, other: AuroraLinear, names: Sequence[str]) -> bool:
         """Whether just these adapters are added to its weight, with the U that `other` has."""
@@ -180,6 +181,18 @@ class AuroraLinear(nn.Module, AuroraLayer):
             m = mixers(core, torch.cat(modes), False, True).unflatten(0, (len(modes), -1))
         dtype = dtype or computing_dtype(self.linear.weight)
         return Stack(units, u, v, _scaled(m, placed.alpha), columns, dtype, whole)
+
+    def state(self) -> tuple[Hashable, ...]:
+        """Equal as long as the layer's adapters act in the same way."""
+        weight = self.linear.weight
+        return (
+            self._disable_adapters,
+            tuple(self.active_adapters),
+            tuple(self.merged_adapters),
+            tuple(self.aurora_placed.items()),
+            weight.dtype,
+            weight.device,
+        )
 
     def kind(self, name: str) -> tuple[Hashable, ...]:
         """Equal for layers whose updates can be computed together."""

@@ -7,7 +7,7 @@ fast GPU waits for their launches; stacked they are a few.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,55 @@ class Known:
     update: Update
 
 
+@dataclass
+class Unit:
+    """Layers that compute together.
+
+    Attributes:
+        names: of the adapters that are added to their weights.
+        members: the layers.
+        others: of each, the other active adapters.
+        places: for each name, which stack has the update, and where in it.
+    """
+
+    names: Sequence[str]
+    members: Sequence[AuroraLinear]
+    others: Sequence[Sequence[str]]
+    places: list[tuple[int, int]]
+
+
+class Plan:
+    """Which layers compute together, and which updates are computed together.
+
+    Attributes:
+        units: all of them.
+        stacks: of each stack the adapter and its units' members.
+    """
+
+    def __init__(self, layers: Iterable[AuroraLinear]) -> None:
+        self.units: list[Unit] = []
+        self.stacks: list[tuple[str, list[Sequence[AuroraLinear]]]] = []
+        kinds: dict[Hashable, int] = {}
+        seen: set[int] = set()
+        for layer in layers:
+            names = [] if id(layer) in seen else layer.added()
+            if not names:
+                continue
+            members = layer.siblings.group(layer, names)
+            seen.update([id(m) for m in members])
+            others = [[name for name in m.active() if name not in names] for m in members]
+            unit = Unit(names, members, others, [])
+            self.units.append(unit)
+            for name in names:
+                kind = (name, *members[0].kind(name))
+                if kind not in kinds:
+                    kinds[kind] = len(self.stacks)
+                    self.stacks.append((name, []))
+                alike = self.stacks[kinds[kind]][1]
+                unit.places.append((kinds[kind], len(alike)))
+                alike.append(members)
+
+
 class Rounds:
     """Knows what the layers of a model do in the present forward pass.
 
@@ -49,6 +98,7 @@ class Rounds:
 
     def __init__(self) -> None:
         self.layers: list[AuroraLinear] = []
+        self._plan: tuple[object, Plan] | None = None  # and the state for which it was made
         self._known: dict[int, Known] = {}
         self._stacks: list[Stack] = []
         self._open = False
@@ -70,47 +120,36 @@ class Rounds:
 
     def known(self, layer: AuroraLinear) -> Known | None:
         """What is known of a layer in this pass, or in its recomputation."""
-        if not self._known or torch.compiler.is_compiling():
-            return None
-        recomputing = torch._C._current_graph_task_id() != -1
-        return self._known.get(id(layer)) if self._open or recomputing else None
+        if self._open or (self._known and _recomputing()):
+            return self._known.get(id(layer))
+        return None
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         self._known.clear()
-        self._open = not torch.compiler.is_compiling()
-        if not self._open:
-            return
-        units = list(self._units())
-        kinds: dict[Hashable, list[Sequence[AuroraLinear]]] = {}
-        for names, members in units:
-            for name in names:
-                kinds.setdefault((name, *members[0].kind(name)), []).append(members)
-        found: dict[tuple[int, str], tuple[Stack, int]] = {}
-        for (name, *_), alike in kinds.items():  # type: ignore[misc]
-            stack = alike[0][0].stack(name, alike, whole=True)
-            self._stacks.append(stack)
-            for place, members in enumerate(alike):
-                found[id(members[0]), name] = stack, place
-        for names, members in units:
-            update = Update.of(members, [found[id(members[0]), name] for name in names])
-            for m in members:
-                others = [name for name in m.active() if name not in names]
-                self._known[id(m)] = Known(names, others, update)
+        self._open = True
+        plan = self._planned()
+        self._stacks = [units[0][0].stack(name, units, whole=True) for name, units in plan.stacks]
+        for unit in plan.units:
+            places = [(self._stacks[stack], place) for stack, place in unit.places]
+            update = Update.of(unit.members, places)
+            for m, others in zip(unit.members, unit.others, strict=True):
+                self._known[id(m)] = Known(unit.names, others, update)
 
-    def _units(self) -> Iterator[tuple[Sequence[str], Sequence[AuroraLinear]]]:
-        """The layers that compute together, with the adapters that are added to their weights."""
-        seen: set[int] = set()
-        for layer in self.layers:
-            names = [] if id(layer) in seen else layer.added()
-            if names:
-                members = layer.siblings.group(layer, names)
-                seen.update(map(id, members))
-                yield names, members
+    def _planned(self) -> Plan:
+        state = [layer.state() for layer in self.layers]
+        if self._plan is None or self._plan[0] != state:
+            self._plan = state, Plan(self.layers)
+        return self._plan[1]
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._open = False
         for stack in self._stacks:
             stack.close()
-        self._stacks.clear()
+        self._stacks = []
         if not torch.is_grad_enabled():
             self._known.clear()
+
+
+def _recomputing() -> bool:
+    """Whether this is a backward pass, in which activation checkpointing computes again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from mmtune.tuners.aurora.updates import Update
@@ -35,7 +34,7 @@ class Siblings:
     def group(self, member: AuroraLinear, names: Sequence[str]) -> list[AuroraLinear]:
         """The members that compute together with one whose adapters `names` join its weight."""
         # Replicas of nn.DataParallel share this object and are no members of it.
-        if torch.compiler.is_compiling() or not any(m is member for m in self.members):
+        if not any(m is member for m in self.members):
             return [member]
         return [m for m in self.members if m is member or m.joins(member, names)]
 

@@ -86,19 +86,20 @@ class Stack:
         size = sum(base.weight.numel() for base in bases) * self._left.element_size()
         return size <= AT_ONCE and not any(p.requires_grad for p in parts)
 
-    @torch.no_grad()
     def _form(self, first: int, end: int) -> list[Formed]:
         units = self._units[first:end]
         layers = [layer for unit in units for layer in unit]
         start = sum(map(len, self._units[:first]))
         own = slice(start, start + len(layers))
         dtype = self._left.dtype
-        stacked = torch.stack([layer.linear.weight for layer in layers]).to(dtype)
-        wholes = stacked.baddbmm_(self._left[own], self._right[own]).split([len(u) for u in units])
-        bias = joined_bias(layers)
-        rows = [len(unit) * stacked.shape[1] for unit in units]
-        biases = [None] * len(rows) if bias is None else bias.to(dtype).split(rows)
-        return [(w.flatten(0, 1), b) for w, b in zip(wholes, biases, strict=True)]
+        with torch.no_grad():
+            stacked = torch.stack([layer.linear.weight for layer in layers]).to(dtype)
+            wholes = stacked.baddbmm_(self._left[own], self._right[own])
+            bias = joined_bias(layers)
+            rows = [len(unit) * stacked.shape[1] for unit in units]
+            biases = [None] * len(rows) if bias is None else bias.to(dtype).split(rows)
+            parts = wholes.split([len(unit) for unit in units])
+            return [(part.flatten(0, 1), b) for part, b in zip(parts, biases, strict=True)]
 
 
 def joined_bias(layers: Sequence[AuroraLinear]) -> Tensor | None:
