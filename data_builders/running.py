@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from data_builders.shards import (
     write_shard,
 )
 from data_builders.steps import SOURCE, Plan, Step
+from mmtune.batched import batched
 from mmtune.data.records import DataError
 from mmtune.runs import write_json
 from mmtune.yaml_source import plain
@@ -68,7 +68,7 @@ def _collect(step: Step, work: Plan, engine: Engine) -> Done:
     try:
         outcomes = source.read(work.context.pictures)
         with bar_of(step.name, None, "sample") as bar:
-            shards = list(_written(step, work, _batches(outcomes, size), bar))
+            shards = list(_written(step, work, batched(outcomes, size), bar))
     except DataError as error:
         raise StepError(f"{step.name} ({step.choice.by}): {error}") from error
     if step.root == SOURCE:
@@ -122,7 +122,7 @@ def _join(step: Step, work: Plan, engine: Engine) -> Done:
     text, image = (pools[POOLS.index(name)] for name in ("text", "image"))
     pictures, options = work.context.pictures, step.choice.options
     outcomes = join(samples, text, image, work.config.seed, options, pictures)
-    batches = _batches(outcomes, work.config.shard_size)
+    batches = batched(outcomes, work.config.shard_size)
     with bar_of(step.name, len(samples), "sample") as bar:
         return added_up(step, work, list(_written(step, work, batches, bar)))
 
@@ -150,12 +150,6 @@ def _assemble(step: Step, work: Plan, engine: Engine) -> Done:
         shards=[(0, shard.digest) for shard in shards],
         defects=len(found.defects),
     )
-
-
-def _batches(outcomes: Iterable[Outcome], size: int) -> Iterator[list[Outcome]]:
-    rest = iter(outcomes)
-    while batch := list(itertools.islice(rest, size)):
-        yield batch
 
 
 def _written(
