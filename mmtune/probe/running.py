@@ -63,13 +63,8 @@ def probe(config: ProbeConfig, runs: Path, overwrite: bool = False) -> Probed:
     _begin(root, config, overwrite)
     items = items_of(config, root)
     journal = Journal(root / REPLIES)
-    every = [Outcome(**line) for line in journal.lines]
-    kept = [outcome for outcome in every if not outcome.error]
-    if len(kept) < len(every):
-        lines = [line for line in journal.lines if not line["error"]]
-        journal.keep(0)
-        for line in lines:
-            journal.add(line)
+    journal.retain(lambda line: not line["error"])
+    kept = [Outcome(**line) for line in journal.lines]
     left_out: dict[str, int] = {}
     try:
         for name in config.models:
