@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from editing.evaluation.journal import Journal
+from mmtune.batched import batched
 from mmtune.probe.config import LocalOptions, ProbeConfig, ReplayOptions, to_yaml
 from mmtune.probe.items import Item, ItemSet
 from mmtune.probe.outcomes import Outcome, outcome_of
@@ -23,6 +25,7 @@ from mmtune.runs import RunError, manifest, write_json, write_text
 if TYPE_CHECKING:
     from editing.mllm import MLLM
     from mmtune.probe.clients import Client, Sent
+    from mmtune.probe.styles import StyleOptions
 
 log = logging.getLogger(__name__)
 CONFIG, MANIFEST, REPLIES = "config.yaml", "manifest.json", "replies.jsonl"
@@ -37,7 +40,8 @@ class Probed:
         config: of the probe.
         items: that were asked.
         outcomes: one for each model, style and item that can be asked in it.
-        left_out: style -> items that cannot be asked in it (nothing to point at, no examples).
+        left_out: every style -> items that cannot be asked in it (nothing to point at, no
+            examples).
     """
 
     config: ProbeConfig
@@ -65,10 +69,10 @@ def probe(config: ProbeConfig, runs: Path, overwrite: bool = False) -> Probed:
     journal = Journal(root / REPLIES)
     journal.retain(lambda line: not line["error"])
     kept = [Outcome(**line) for line in journal.lines]
-    left_out: dict[str, int] = {}
+    unfit: set[tuple[str, str]] = set()  # (style, item) of which no request can be made
     try:
         for name in config.models:
-            kept += _ask(config, name, items, kept, journal, left_out)
+            kept += _ask(config, name, items, kept, journal, unfit)
     except KeyboardInterrupt:
         log.warning("what is finished is kept in %s; the same command goes on with the rest", root)
         raise
@@ -77,6 +81,7 @@ def probe(config: ProbeConfig, runs: Path, overwrite: bool = False) -> Probed:
     }
     numbers = {item.id: n for n, item in enumerate(items.items)}
     kept.sort(key=lambda o: (order[o.client, o.style], numbers[o.item]))
+    left_out = {style: sum(one == style for one, _ in unfit) for style in config.styles}
     return Probed(config, items, kept, left_out)
 
 
@@ -114,43 +119,43 @@ def _ask(
     items: ItemSet,
     kept: Sequence[Outcome],
     journal: Journal,
-    left_out: dict[str, int],
+    unfit: set[tuple[str, str]],
 ) -> list[Outcome]:
+    """Ask one model what it was not asked before; `unfit` is added to."""
     from tqdm import tqdm
 
-    done = {(o.style, o.item) for o in kept if o.client == name}
-    missing: list[tuple[str, Item]] = []
-    for style in config.styles:
-        makes = [i for i in items.items if _can(style, i, items, config)]
-        left_out[style] = len(items.items) - len(makes)
-        missing += [(style, item) for item in makes if (style, item.id) not in done]
-    found: list[Outcome] = []
-    if not missing:
-        return found
+    done = unfit | {(o.style, o.item) for o in kept if o.client == name}
+    missing = [(s, i) for s in config.styles for i in items.items if (s, i.id) not in done]
+    known, found = len(unfit), []
+    requests = _requests(missing, items, config.asking, unfit)
+    first = next(requests, None)
+    if first is None:
+        return found  # no model is loaded for nothing
     with client_of(name, config.models[name]) as client, tqdm(total=len(missing), desc=name) as bar:
-        for start in range(0, len(missing), client.batch):
-            some = missing[start : start + client.batch]
-            sent = [_made(style, item, items, config) for style, item in some]
-            for (style, item), one, reply in zip(some, sent, client.ask(sent), strict=True):
-                outcome = outcome_of(name, style, item, one, reply)
+        for some in batched(chain([first], requests), client.batch):
+            replies = client.ask([sent for _, _, sent in some])
+            for (style, item, sent), reply in zip(some, replies, strict=True):
+                outcome = outcome_of(name, style, item, sent, reply)
                 journal.add(outcome.as_json())
                 found.append(outcome)
+            bar.total = len(missing) - (len(unfit) - known)
             bar.update(len(some))
     return found
 
 
-def _can(style: str, item: Item, items: ItemSet, config: ProbeConfig) -> bool:
-    from mmtune.probe.styles import exemplars
-
-    if style == "referring":
-        return bool(item.regions)
-    return style != "few-shot" or bool(exemplars(item, items, config.asking))
-
-
-def _made(style: str, item: Item, items: ItemSet, config: ProbeConfig) -> Sent:
-    sent = STYLES[style](item, items, config.asking)
-    assert sent is not None
-    return sent
+def _requests(
+    missing: Iterable[tuple[str, Item]],
+    items: ItemSet,
+    options: StyleOptions,
+    unfit: set[tuple[str, str]],
+) -> Iterator[tuple[str, Item, Sent]]:
+    """Requests, made as they are needed; `unfit` gets what none can be made of."""
+    for style, item in missing:
+        sent = STYLES[style](item, items, options)
+        if sent is None:
+            unfit.add((style, item.id))
+        else:
+            yield style, item, sent
 
 
 @contextmanager

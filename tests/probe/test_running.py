@@ -15,6 +15,7 @@ from mmtune.probe import running
 from mmtune.probe.config import load_probe_config, to_yaml
 from mmtune.probe.page import tables
 from mmtune.probe.running import probe
+from mmtune.probe.styles import STYLES
 from mmtune.probe.tables import numbers_of
 from mmtune.yaml_source import ConfigError
 from tests.editing.tiny import tiny
@@ -58,6 +59,34 @@ def test_every_item_is_asked_in_every_style_once(config, told, tmp_path):
     assert found.left_out == {"simple": 0, "referring": 1, "reasoning": 0, "few-shot": 0}
     probe(load_probe_config(config), tmp_path / "runs")
     assert len(told.asked) == 23
+
+
+def test_nothing_is_loaded_where_nothing_is_missing(config, told, tmp_path, monkeypatch):
+    first = probe(load_probe_config(config), tmp_path / "runs")
+    monkeypatch.setattr(running, "client_of", None)
+    assert probe(load_probe_config(config), tmp_path / "runs") == first
+    alone = load_probe_config(config, ["name=alone", "items.limit=1", "styles=[few-shot]"])
+    found = probe(alone, tmp_path / "runs")  # one item of each category: no examples
+    assert found.outcomes == []
+    assert found.left_out == {"few-shot": 2}
+
+
+def test_a_style_alone_says_which_items_it_fits(config, told, tmp_path, monkeypatch):
+    """Requests are made a batch ahead at most, and one that cannot be made is tried once."""
+    made = []
+
+    def odd(item, items, options):
+        made.append(item.id)
+        assert len(made) <= 2 * (len(told.asked) + told.batch)
+        return STYLES["simple"](item, items, options) if int(item.id) % 2 else None
+
+    monkeypatch.setitem(STYLES, "odd", odd)
+    changes = ["styles=[odd, simple]", "models.again={model: {name: none}}"]
+    found = probe(load_probe_config(config, changes), tmp_path / "runs")
+    assert found.left_out == {"odd": 3, "simple": 0}
+    assert [o.item for o in found.of("told", "odd")] == ["1", "3", "5"]
+    assert [o.item for o in found.of("again", "odd")] == ["1", "3", "5"]
+    assert made == [*"012345", *"135"]
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 22])
