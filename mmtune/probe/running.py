@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from mmtune.probe.items import Item, ItemSet
 from mmtune.probe.outcomes import Outcome, outcome_of
 from mmtune.probe.styles import STYLES
 from mmtune.runs import RunError, manifest, write_json, write_text
+from mmtune.yaml_source import as_yaml
 
 if TYPE_CHECKING:
     from editing.mllm import MLLM
@@ -76,10 +77,9 @@ def probe(config: ProbeConfig, runs: Path, overwrite: bool = False) -> Probed:
     except KeyboardInterrupt:
         log.warning("what is finished is kept in %s; the same command goes on with the rest", root)
         raise
-    order = {
-        (m, s): n for n, (m, s) in enumerate((m, s) for m in config.models for s in config.styles)
-    }
+    order = {pair: n for n, pair in enumerate(product(config.models, config.styles))}
     numbers = {item.id: n for n, item in enumerate(items.items)}
+    kept = [o for o in kept if (o.client, o.style) in order]  # others wait in the journal
     kept.sort(key=lambda o: (order[o.client, o.style], numbers[o.item]))
     left_out = {style: sum(one == style for one, _ in unfit) for style in config.styles}
     return Probed(config, items, kept, left_out)
@@ -198,7 +198,7 @@ def _mllm(options: LocalOptions) -> MLLM:
 
 
 def _begin(root: Path, config: ProbeConfig, overwrite: bool) -> None:
-    file = root / CONFIG
+    file, now = root / CONFIG, yaml.safe_load(to_yaml(config))
     if root.exists() and any(root.iterdir()):
         then = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
         if not isinstance(then, dict) or "styles" not in then or "models" not in then:
@@ -206,7 +206,6 @@ def _begin(root: Path, config: ProbeConfig, overwrite: bool) -> None:
                 f"{root} exists and holds no probe, so it is left alone. Choose another name with "
                 "name=NAME."
             )
-        now = yaml.safe_load(to_yaml(config))
         same = all(then.get(key) == now[key] for key in ("seed", "items", "asking"))
         same = same and all(
             now["models"][name] == old
@@ -220,8 +219,10 @@ def _begin(root: Path, config: ProbeConfig, overwrite: bool) -> None:
             )
         if overwrite:
             shutil.rmtree(root)
+        else:  # the journal has replies of models that were asked before, with their settings
+            now["models"] |= {n: old for n, old in then["models"].items() if n not in now["models"]}
     root.mkdir(parents=True, exist_ok=True)
-    write_text(file, to_yaml(config))
+    write_text(file, as_yaml(now))
     if not (root / MANIFEST).exists():
         files = [Path(config.items.path)] if config.items.path else []
         found = manifest(

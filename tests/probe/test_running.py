@@ -17,6 +17,7 @@ from mmtune.probe.page import tables
 from mmtune.probe.running import probe
 from mmtune.probe.styles import STYLES
 from mmtune.probe.tables import numbers_of
+from mmtune.runs import RunError
 from mmtune.yaml_source import ConfigError
 from tests.editing.tiny import tiny
 from tests.probe.sets import WHOLE, Told, item, written
@@ -59,6 +60,23 @@ def test_every_item_is_asked_in_every_style_once(config, told, tmp_path):
     assert found.left_out == {"simple": 0, "referring": 1, "reasoning": 0, "few-shot": 0}
     probe(load_probe_config(config), tmp_path / "runs")
     assert len(told.asked) == 23
+
+
+def test_replies_of_models_and_styles_that_are_left_out_wait_in_the_journal(config, told, tmp_path):
+    changes = ["models.again={model: {name: none}}"]
+    whole = probe(load_probe_config(config, changes), tmp_path / "runs")
+    told.asked = []
+    found = probe(load_probe_config(config, ["styles=[reasoning, simple]"]), tmp_path / "runs")
+    assert found.outcomes == whole.of("told", "reasoning") + whole.of("told", "simple")
+    assert probe(load_probe_config(config, changes), tmp_path / "runs") == whole
+    assert told.asked == []
+
+
+def test_a_model_that_was_left_out_does_not_come_back_as_another_one(config, told, tmp_path):
+    probe(load_probe_config(config, ["models.again={model: {name: none}}"]), tmp_path / "runs")
+    probe(load_probe_config(config), tmp_path / "runs")
+    with pytest.raises(RunError, match="other settings of a model"):
+        probe(load_probe_config(config, ["models.again={model: {name: no}}"]), tmp_path / "runs")
 
 
 def test_nothing_is_loaded_where_nothing_is_missing(config, told, tmp_path, monkeypatch):
@@ -140,8 +158,6 @@ def test_replies_can_be_replayed(config, told, tmp_path, monkeypatch):
 
 
 def test_folders_of_something_else_are_left_alone(config, told, tmp_path):
-    from mmtune.runs import RunError
-
     probe(load_probe_config(config), tmp_path / "runs")
     with pytest.raises(RunError, match="another way of asking"):
         probe(load_probe_config(config, ["asking.examples=1"]), tmp_path / "runs")
