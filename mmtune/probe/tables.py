@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mmtune.probe.scores import OVERALL, Cell, Paired, Together, cell, paired, together
 
 if TYPE_CHECKING:
+    from mmtune.probe.outcomes import Outcome
     from mmtune.probe.running import Probed
     from mmtune.tasks.base import Metric
 
@@ -24,7 +25,8 @@ class Numbers:
         cells: of each model, style and category, and of all categories together.
         styles: (model, style) -> the style against "simple" of the same model.
         models: (model, style) -> the model against the first one in the same style.
-        changed: (model, category) -> the model against the first one over all styles.
+        changed: (model, category) -> the model against the first one in the plain style: "simple",
+            or where that was not asked, the first style.
         together: (model, style) -> what items of a pair have to do with each other.
         categories: in the order of the items.
     """
@@ -41,18 +43,22 @@ def numbers_of(probed: Probed) -> Numbers:
     """Count."""
     items = {item.id: item for item in probed.items.items}
     categories = list(dict.fromkeys(item.category for item in probed.items.items))
+    asked = probed.config.styles
+    plain = "simple" if "simple" in asked else asked[0]
     cells: dict[Key, Cell] = {}
     styles, models, changed, pairs = {}, {}, {}, {}
     first = next(iter(probed.config.models))
+
+    def within(category: str, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        return [o for o in outcomes if category in (OVERALL, items[o.item].category)]
+
     for model in probed.config.models:
-        for style in probed.config.styles:
+        for style in asked:
             outcomes = probed.of(model, style)
-            cells[model, style, OVERALL] = cell(items, outcomes)
-            for category in categories:
-                some = [o for o in outcomes if items[o.item].category == category]
-                cells[model, style, category] = cell(items, some)
+            for category in (OVERALL, *categories):
+                cells[model, style, category] = cell(items, within(category, outcomes))
             pairs[model, style] = together(items, outcomes)
-            if style != "simple" and "simple" in probed.config.styles:
+            if style != "simple" and "simple" in asked:
                 found = paired(items, outcomes, probed.of(model, "simple"))
                 styles |= {(model, style): found} if found else {}
             if model != first:
@@ -60,18 +66,10 @@ def numbers_of(probed: Probed) -> Numbers:
                 models |= {(model, style): found} if found else {}
         if model != first:
             for category in (OVERALL, *categories):
-                now, then = (_over_styles(probed, m, category) for m in (model, first))
+                now, then = (within(category, probed.of(m, plain)) for m in (model, first))
                 found = paired(items, now, then)
                 changed |= {(model, category): found} if found else {}
     return Numbers(cells, styles, models, changed, pairs, categories)
-
-
-def _over_styles(probed: Probed, model: str, category: str) -> list:
-    """Outcomes of a model in "simple", or in its first style."""
-    styles = probed.config.styles
-    style = "simple" if "simple" in styles else styles[0]
-    items = {item.id: item for item in probed.items.items}
-    return [o for o in probed.of(model, style) if category in (OVERALL, items[o.item].category)]
 
 
 def accuracy_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[list[str]]]:
