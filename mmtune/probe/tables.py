@@ -24,7 +24,6 @@ class Numbers:
     Attributes:
         cells: of each model, style and category, and of all categories together.
         styles: (model, style) -> the style against "simple" of the same model.
-        models: (model, style) -> the model against the first one in the same style.
         changed: (model, category) -> the model against the first one in the plain style: "simple",
             or where that was not asked, the first style.
         together: (model, style) -> what items of a pair have to do with each other.
@@ -33,7 +32,6 @@ class Numbers:
 
     cells: Mapping[Key, Cell]
     styles: Mapping[tuple[str, str], Paired]
-    models: Mapping[tuple[str, str], Paired]
     changed: Mapping[tuple[str, str], Paired]
     together: Mapping[tuple[str, str], Together]
     categories: Sequence[str]
@@ -46,7 +44,7 @@ def numbers_of(probed: Probed) -> Numbers:
     asked = probed.config.styles
     plain = "simple" if "simple" in asked else asked[0]
     cells: dict[Key, Cell] = {}
-    styles, models, changed, pairs = {}, {}, {}, {}
+    styles, changed, pairs = {}, {}, {}
     first = next(iter(probed.config.models))
 
     def within(category: str, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -61,15 +59,12 @@ def numbers_of(probed: Probed) -> Numbers:
             if style != "simple" and "simple" in asked:
                 found = paired(items, outcomes, probed.of(model, "simple"))
                 styles |= {(model, style): found} if found else {}
-            if model != first:
-                found = paired(items, outcomes, probed.of(first, style))
-                models |= {(model, style): found} if found else {}
         if model != first:
             for category in (OVERALL, *categories):
                 now, then = (within(category, probed.of(m, plain)) for m in (model, first))
                 found = paired(items, now, then)
                 changed |= {(model, category): found} if found else {}
-    return Numbers(cells, styles, models, changed, pairs, categories)
+    return Numbers(cells, styles, changed, pairs, categories)
 
 
 def accuracy_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[list[str]]]:
