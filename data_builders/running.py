@@ -11,7 +11,7 @@ from data_builders.builds import Build, StageReport
 from data_builders.config import POOLS
 from data_builders.engines.base import Engine, Job, first_fault, told
 from data_builders.manifests import Done
-from data_builders.progress import Progress, StepError, bar_of, run_shards
+from data_builders.progress import Progress, StepError, at_fault, bar_of, run_shards
 from data_builders.samples import Outcome, Rejected, Sample
 from data_builders.shards import (
     Part,
@@ -160,18 +160,11 @@ def _written(
     for index, outcomes in enumerate(batches):
         fault = first_fault(outcomes) if work.config.on_fault == "stop" else None
         if fault is not None:
-            raise StepError(_stopped(step, fault))
+            raise StepError(at_fault(step.name, told(fault)))
         yield finished(step.folder, index, key, given) or write_shard(
             step.folder, index, step.name, key, given, outcomes
         )
         bar.update(len(outcomes))
-
-
-def _stopped(step: Step, fault: Rejected) -> str:
-    return (
-        f"{step.name}: {told(fault)}. Mend it, or set on_fault: skip to set such samples aside and "
-        "count them."
-    )
 
 
 def added_up(step: Step, work: Plan, shards: Sequence[Shard]) -> Done:
