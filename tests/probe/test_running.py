@@ -16,7 +16,7 @@ from mmtune.probe.config import load_probe_config, to_yaml
 from mmtune.probe.page import tables
 from mmtune.probe.running import probe
 from mmtune.probe.styles import STYLES
-from mmtune.probe.tables import numbers_of
+from mmtune.probe.tables import notes, numbers_of
 from mmtune.runs import RunError
 from mmtune.yaml_source import ConfigError
 from tests.editing.tiny import tiny
@@ -199,6 +199,26 @@ def test_accuracy_of_a_model_that_always_says_yes(config, told, tmp_path):
     assert numbers.cells["told", "simple", "all"].yes == 1.0
     titles = [title for title, _, _ in tables(found, numbers)]
     assert titles == ["Accuracy", "What a style changes", "How they answer"]
+
+
+def test_popes_own_numbers_stand_beside_ours(config, told, tmp_path):
+    lines = [
+        {"question_id": n, "image": f"{n}.png", "text": "Is there a dog?", "label": label}
+        for n, label in enumerate(("yes", "no", "no", "no"))
+    ]
+    file = tmp_path / "coco_pope_random.json"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    changes = [f"items={{format: pope, path: {file}}}", "styles=[simple]"]
+    told.answer = lambda sent: "Hard to say"
+    found = probe(load_probe_config(config, changes), tmp_path / "runs")
+    by_title = {title: rows for title, _, rows in tables(found, numbers_of(found))}
+    (row,) = by_title["As POPE's own script counts"]
+    assert row[:2] == ["told", "simple"]
+    assert row[2].startswith("25.0 [")
+    assert row[3:] == ["25.0", "100.0", "40.0", "100.0"]
+    (ours,) = by_title["How they answer"]
+    assert ours[4:6] == ["100.0", "0.0"]  # not understood, and no yes
+    assert any("POPE's own script" in note for note in notes(found))
 
 
 def test_every_mistake_is_told(tmp_path):
