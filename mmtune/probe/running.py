@@ -219,8 +219,9 @@ def _begin(root: Path, config: ProbeConfig, overwrite: bool) -> None:
             )
         if overwrite:
             shutil.rmtree(root)
-        else:  # the journal has replies of models that were asked before, with their settings
-            now["models"] |= {n: old for n, old in then["models"].items() if n not in now["models"]}
+        else:  # settings of models that are left out now, whose replies are in the journal
+            said = {line["client"] for line in Journal(root / REPLIES).lines if not line["error"]}
+            now["models"] |= {name: old for name, old in then["models"].items() if name in said}
     root.mkdir(parents=True, exist_ok=True)
     write_text(file, as_yaml(now))
     if not (root / MANIFEST).exists():

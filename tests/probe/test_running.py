@@ -79,6 +79,21 @@ def test_a_model_that_was_left_out_does_not_come_back_as_another_one(config, tol
         probe(load_probe_config(config, ["models.again={model: {name: no}}"]), tmp_path / "runs")
 
 
+def test_a_model_that_never_answered_leaves_nothing_behind(config, told, tmp_path, monkeypatch):
+    changes = ["models.again={model: {name: none}}"]
+    with monkeypatch.context() as patch:
+        ask = running.client_of
+        broken = {"told": ask, "again": None}  # cannot be loaded
+        patch.setattr(running, "client_of", lambda name, options: broken[name](name, options))
+        with pytest.raises(TypeError):
+            probe(load_probe_config(config, changes), tmp_path / "runs")
+        probe(load_probe_config(config), tmp_path / "runs")
+    assert load_probe_config(tmp_path / "runs/mine/config.yaml").models.keys() == {"told"}
+    changed = load_probe_config(config, ["models.again={model: {name: no}}"])
+    found = probe(changed, tmp_path / "runs")
+    assert len(found.outcomes) == 2 * 23
+
+
 def test_nothing_is_loaded_where_nothing_is_missing(config, told, tmp_path, monkeypatch):
     first = probe(load_probe_config(config), tmp_path / "runs")
     monkeypatch.setattr(running, "client_of", None)
