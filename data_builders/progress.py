@@ -146,6 +146,13 @@ def counted(reasons: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in ordered)
 
 
+def at_fault(by: str, fault: str) -> str:
+    """What to say where a fault ends the build."""
+    return (
+        f"{by}: {fault}. Mend it, or set on_fault: skip to set such samples aside and count them."
+    )
+
+
 def full_disk(folder: Path) -> str:
     """What to say where a disk is full."""
     free = shutil.disk_usage(folder).free
@@ -175,10 +182,7 @@ def _error(failure: Failure, step: Step, progress: Progress) -> Exception:
     if failure.kind == "opening":
         text = f"{by} cannot start: {failure.text}"
     elif failure.kind == "fault":
-        text = (
-            f"{by}: {failure.text}. Mend it, or set on_fault: skip to set such samples aside and "
-            f"count them. {again}"
-        )
+        text = f"{at_fault(by, failure.text)} {again}"
     else:
         text = f"{by} failed in {_where(failure, progress)}: {failure.text}. {again}"
     error = StepError(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from data_builders.builds import Build, StageReport
 from data_builders.config import POOLS
 from data_builders.engines.base import Engine, Job, first_fault, told
 from data_builders.manifests import Done
-from data_builders.progress import Progress, StepError, bar_of, run_shards
+from data_builders.progress import Progress, StepError, at_fault, bar_of, run_shards
 from data_builders.samples import Outcome, Rejected, Sample
 from data_builders.shards import (
     Part,
@@ -28,6 +27,7 @@ from data_builders.shards import (
     write_shard,
 )
 from data_builders.steps import SOURCE, Plan, Step
+from mmtune.batched import batched
 from mmtune.data.records import DataError
 from mmtune.runs import write_json
 from mmtune.yaml_source import plain
@@ -68,7 +68,7 @@ def _collect(step: Step, work: Plan, engine: Engine) -> Done:
     try:
         outcomes = source.read(work.context.pictures)
         with bar_of(step.name, None, "sample") as bar:
-            shards = list(_written(step, work, _batches(outcomes, size), bar))
+            shards = list(_written(step, work, batched(outcomes, size), bar))
     except DataError as error:
         raise StepError(f"{step.name} ({step.choice.by}): {error}") from error
     if step.root == SOURCE:
@@ -122,7 +122,7 @@ def _join(step: Step, work: Plan, engine: Engine) -> Done:
     text, image = (pools[POOLS.index(name)] for name in ("text", "image"))
     pictures, options = work.context.pictures, step.choice.options
     outcomes = join(samples, text, image, work.config.seed, options, pictures)
-    batches = _batches(outcomes, work.config.shard_size)
+    batches = batched(outcomes, work.config.shard_size)
     with bar_of(step.name, len(samples), "sample") as bar:
         return added_up(step, work, list(_written(step, work, batches, bar)))
 
@@ -152,12 +152,6 @@ def _assemble(step: Step, work: Plan, engine: Engine) -> Done:
     )
 
 
-def _batches(outcomes: Iterable[Outcome], size: int) -> Iterator[list[Outcome]]:
-    rest = iter(outcomes)
-    while batch := list(itertools.islice(rest, size)):
-        yield batch
-
-
 def _written(
     step: Step, work: Plan, batches: Iterable[Sequence[Outcome]], bar: Any
 ) -> Iterator[Shard]:
@@ -166,18 +160,11 @@ def _written(
     for index, outcomes in enumerate(batches):
         fault = first_fault(outcomes) if work.config.on_fault == "stop" else None
         if fault is not None:
-            raise StepError(_stopped(step, fault))
+            raise StepError(at_fault(step.name, told(fault)))
         yield finished(step.folder, index, key, given) or write_shard(
             step.folder, index, step.name, key, given, outcomes
         )
         bar.update(len(outcomes))
-
-
-def _stopped(step: Step, fault: Rejected) -> str:
-    return (
-        f"{step.name}: {told(fault)}. Mend it, or set on_fault: skip to set such samples aside and "
-        "count them."
-    )
 
 
 def added_up(step: Step, work: Plan, shards: Sequence[Shard]) -> Done:

@@ -8,22 +8,21 @@ does not depend on which requests are computed together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmtune.backbones.generation import log_probabilities
+from mmtune.batched import batched
 
 if TYPE_CHECKING:
     from editing.batches import Batch
     from editing.edits import Edit
     from editing.mllm import MLLM
     from editing.requests import EditRequest
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -121,17 +120,11 @@ def target_losses(
     return losses, (sure | (batch.target_mask == 0)).all(1)
 
 
-def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """At most `size` of them at a time, in order."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 @torch.no_grad()
 def says(mllm: MLLM, edit: Edit, requests: Sequence[EditRequest], size: int) -> bool:
     """Whether the model writes every target where the edit is applied."""
     with edit.applied(mllm):
         return all(
             mllm.answer(batch) == mllm.target_texts(batch)
-            for batch in (mllm.batch(part) for part in chunks(requests, size))
+            for batch in (mllm.batch(part) for part in batched(requests, size))
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from editing.datasets import read_records
 from editing.ranges import Count
 from editing.requests import EditRecord, Probe
 from mmtune.backbones.generation import Decoding, padded
+from mmtune.batched import batched
 from mmtune.runs import sha256
 
 if TYPE_CHECKING:
@@ -88,7 +90,8 @@ def corpus(mllm: MLLM, options: CovarianceOptions) -> Corpus:
             "(.json) or texts, one on each line; or leave it empty"
         )
     if path.suffix == ".json":
-        batches = lambda: _of_probes(mllm, _questions(path, options.images), size)  # noqa: E731
+        asked = partial(_questions, path, options.images)
+        batches = lambda: map(mllm.batch, batched(asked(), size))  # noqa: E731
     else:
         lines = path.read_text(encoding="utf-8").splitlines()
         texts = [piece for line in lines for piece in _pieces(line, _words(mllm))]
@@ -166,8 +169,7 @@ def _own_texts(mllm: MLLM, options: CovarianceOptions) -> Iterator[str]:
 def _of_texts(mllm: MLLM, texts: Iterable[str], size: int) -> Iterator[Batch]:
     """An encoder-decoder reads the first half of each text, and the second is its answer."""
     halves = not mllm.backbone.trunks()["language"].causal
-    rest = iter(texts)
-    while some := list(itertools.islice(rest, size)):
+    for some in batched(texts, size):
         words = [text.split() for text in some]
         cut = [len(w) // 2 if halves and len(w) > 1 else len(w) for w in words]
         heads = [" ".join(w[:at]) for w, at in zip(words, cut, strict=True)]
@@ -177,12 +179,6 @@ def _of_texts(mllm: MLLM, texts: Iterable[str], size: int) -> Iterator[Batch]:
             for head, tail in zip(heads, tails, strict=True)
         ]
         yield spoken(mllm, heads, *padded(found, mllm.backbone.pad))
-
-
-def _of_probes(mllm: MLLM, probes: Iterable[Probe], size: int) -> Iterator[Batch]:
-    rest = iter(probes)
-    while some := list(itertools.islice(rest, size)):
-        yield mllm.batch(some)
 
 
 def _questions(path: Path, images: str | None) -> Iterator[Probe]:

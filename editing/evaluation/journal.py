@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,20 @@ class Journal:
         self.lines.append(json.loads(text))
 
     def keep(self, count: int) -> None:
-        """Leave out all lines but the first `count`."""
-        if count < len(self.lines):
-            self.lines = self.lines[:count]
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        """Leave out all lines but the first `count`; as `retain`, whole or not at all."""
+        self._replace(self.lines[:count])
+
+    def retain(self, wanted: Callable[[Line], bool]) -> None:
+        """Leave out all lines but those that are wanted.
+
+        A process killed meanwhile leaves the file as it was.
+        """
+        self._replace([line for line in self.lines if wanted(line)])
+
+    def _replace(self, lines: list[Line]) -> None:
+        if len(lines) < len(self.lines):
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            self.lines = lines
 
 
 def in_words(error: Exception) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from editing.edits import joined
 from editing.fingerprints import Fingerprint
-from editing.fitting import Stopping, chunks, fit, says
+from editing.fitting import Stopping, fit, says
 from editing.inside import Acting, InsideEdit, Passing, acting_in, fingerprint, language_site
 from editing.methods.grace_codebook import Codebook
 from editing.methods.growing import GrowingEditor
@@ -29,6 +29,7 @@ from editing.ranges import Certainty, Count, Positive
 from editing.regions import RegionName
 from editing.requests import Probe
 from mmtune.backbones.base import SiteError
+from mmtune.batched import batched
 
 if TYPE_CHECKING:
     from editing.edits import Edit
@@ -284,7 +285,7 @@ class Grace(GrowingEditor):
     ) -> tuple[Tensor, Tensor]:
         """[n, c] keys and [n, d] what the layer gives there; the model is shown no target."""
         found = []
-        for part in chunks(requests, self.settings.batch_size):
+        for part in batched(requests, self.settings.batch_size):
             reading = _Reading(place, len(part))
             with acting_in(mllm, place.path, reading):
                 mllm.answer_logits(mllm.batch([Probe(r.question, "", r.image) for r in part]))
@@ -304,7 +305,7 @@ class Grace(GrowingEditor):
         An entry to which several requests came is fitted to all of them.
         """
         stopping, most = Stopping(self.settings.steps, self.settings.certainty), 0
-        for entries in chunks(list(groups), self.settings.batch_size):
+        for entries in batched(groups, self.settings.batch_size):
             owner = [i for i, entry in enumerate(entries) for _ in groups[entry]]
             owner = torch.tensor(owner, device=mllm.device)
             values = book.values[list(entries)].requires_grad_()

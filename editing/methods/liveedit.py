@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from editing.edits import joined
 from editing.features import Features, features_of
 from editing.fingerprints import Fingerprint
-from editing.fitting import Stopping, chunks, fit, says
+from editing.fitting import Stopping, fit, says
 from editing.inside import (
     Acting,
     InsideEdit,
@@ -38,6 +38,7 @@ from editing.inside import (
 from editing.methods.growing import GrowingEditor
 from editing.methods.memory import Memory, on
 from editing.ranges import Certainty, Cosine, Count, NotNegative, Positive
+from mmtune.batched import batched
 
 if TYPE_CHECKING:
     from editing.edits import Edit
@@ -327,7 +328,7 @@ class LiveEditor(GrowingEditor):
         _, rank, width = edit.experts.up.shape
         drawn = (torch.randn(rank, width, generator=generator) / width**0.5).to(mllm.device)
         stopping, most, found = Stopping(self.settings.steps, self.settings.certainty), 0, []
-        for part in chunks(requests, self.settings.batch_size):
+        for part in batched(requests, self.settings.batch_size):
             up = drawn.expand(len(part), -1, -1).clone().requires_grad_()
             down = torch.zeros_like(up, requires_grad=True)
             batch = mllm.cached(mllm.batch(part), list(edit.made_on.weights))

@@ -25,12 +25,13 @@ from editing.changes import added, exact_dtype
 from editing.datasets import load_records
 from editing.edits import joined
 from editing.fingerprints import Fingerprint
-from editing.fitting import chunks, says, target_losses
+from editing.fitting import says, target_losses
 from editing.inside import Acting, InsideEdit, Passing, acting_in, fingerprint, language_site
 from editing.methods.growing import GrowingEditor
 from editing.methods.wise_memory import Margins, activations, margin_loss, mask_of, ties
 from editing.ranges import Certainty, Count, Positive, Share
 from editing.requests import Probe
+from mmtune.batched import batched
 
 if TYPE_CHECKING:
     from editing.edits import Edit
@@ -313,7 +314,7 @@ class Wise(GrowingEditor):
         leaf = shard.delta.to(weight.device, copy=True).requires_grad_()
         unrelated = self._prompts(mllm, path, self._unrelated(requests))
         parts = []
-        for part in chunks(requests, s.batch_size):
+        for part in batched(requests, s.batch_size):
             prompts = self._prompts(mllm, path, [Probe(r.question, "", r.image) for r in part])
             parts.append((mllm.cached(mllm.batch(part), [name]), prompts))
         kind = torch.optim.Adam if s.optimiser == "adam" else torch.optim.SGD
@@ -361,7 +362,7 @@ class Wise(GrowingEditor):
     def _prompts(self, mllm: MLLM, path: str, probes: Sequence[Probe]) -> list[Tensor]:
         """[p, c] inputs of the matrix at each prompt's tokens; the model is shown no answer."""
         found = []
-        for part in chunks(probes, self.settings.batch_size):
+        for part in batched(probes, self.settings.batch_size):
             reading = _Reading(len(part), _causal(mllm))
             with acting_in(mllm, path, reading):
                 mllm.answer_logits(mllm.batch(part))

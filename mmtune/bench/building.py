@@ -14,13 +14,11 @@ A build that was stopped loads its models again, and draws the shard again that 
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from data_builders.stages.filter import Clip, ClipOptions
 from data_builders.stages.imagine import Diffusers, DiffusersOptions
 from data_builders.text_to_image import TextToImage
 from editing.config import EditModelOptions
+from mmtune.bench import script
 
 CAPTIONS = (
     "a brown dog runs over a field with a ball in its mouth",
@@ -202,25 +201,7 @@ def table(found: Measured) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write it with the numbers where --out says."""
-    parser = argparse.ArgumentParser(
-        "python -m mmtune.bench.building",
-        description=str(__doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for one in fields(Setup):
-        parser.add_argument(f"--{one.name}", type=type(one.default), default=one.default)
-    parser.add_argument("--out", type=Path, help="folder of building.md and building.json")
-    given = vars(parser.parse_args(arguments))
-    out = given.pop("out")
-    found = measure(Setup(**given))
-    text = table(found)
-    sys.stdout.write(text + "\n")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "building.md").write_text(text + "\n", encoding="utf-8")
-        (out / "building.json").write_text(json.dumps(asdict(found), indent=2), encoding="utf-8")
+main = partial(script.main, "building", __doc__, Setup, measure, table)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,9 @@ which is checked. A whole evaluation also writes each answer.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +32,7 @@ from editing.mllm import MLLM
 from editing.regions import Region, parameters_of
 from editing.requests import EditRecord, EditRequest
 from editing.weight_edits import WeightEdit
+from mmtune.bench import script
 from mmtune.bench.random_llava import Size, model_of, probes_of, records_of
 from mmtune.bench.timing import Timing, milliseconds, timed
 
@@ -260,26 +257,7 @@ def table(found: Measured) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write it with the numbers where --out says."""
-    parser = argparse.ArgumentParser(
-        "python -m mmtune.bench.editing",
-        description=str(__doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for field in fields(Size):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default)
-    parser.add_argument("--out", type=Path, help="folder of editing.md and editing.json")
-    given = vars(parser.parse_args(arguments))
-    out = given.pop("out")
-    found = measure(Size(**given))
-    text = table(found)
-    sys.stdout.write(text + "\n")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "editing.md").write_text(text + "\n", encoding="utf-8")
-        (out / "editing.json").write_text(json.dumps(asdict(found), indent=2), encoding="utf-8")
+main = partial(script.main, "editing", __doc__, Size, measure, table)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ class ItemSet:
         return ImageFile(str(self.images), item.images[number])
 
 
+Found = tuple[str, Item | Problem]  # where it stands, and what stands there
+
+
 def item_of(raw: Mapping[str, Any], where: str) -> Item | Problem:
     """An item of a JSON object, or what is wrong with it."""
     for name in ("id", "question", "answer", "category"):
@@ -146,38 +149,54 @@ def read_items(path: str | Path, images: str | Path | None = None) -> ItemSet:
         DataError: lines that are no items, two of one id, or none at all.
     """
     file = Path(path)
-    items: list[Item] = []
-    problems: list[Problem] = []
-    known: set[str] = set()
+    found: list[Found] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            raw = json.loads(line)
-        except ValueError as error:
-            problems.append(Problem(where, "no JSON", str(error)))
-            continue
-        found = item_of(raw, where) if isinstance(raw, dict) else Problem(where, "no object")
-        if isinstance(found, Item) and found.id in known:
-            found = Problem(where, "id twice", found.id)
-        if isinstance(found, Problem):
-            problems.append(found)
-        else:
-            known.add(found.id)
-            items.append(found)
-    if problems or not items:
-        raise DataError(problems or [Problem(str(file), "no item")])
+        if line.strip():
+            where = f"{file}:{number}"
+            found.append((where, _item_in(line, where)))
+    items = checked_items(found, file)
     note = file.with_name("note.txt")
     text = note.read_text(encoding="utf-8").strip() if note.exists() else ""
     name = file.parent.name if file.stem == "items" else file.stem
-    return ItemSet(name, tuple(items), Path(images or file.parent), text)
+    return ItemSet(name, items, Path(images or file.parent), text)
+
+
+def checked_items(found: Iterable[Found], source: Path) -> tuple[Item, ...]:
+    """The items of a set, in order.
+
+    Args:
+        found: where each stands, and what stands there.
+        source: the file or folder of the set.
+
+    Raises:
+        DataError: every problem, two items of one id, or none at all.
+    """
+    items: dict[str, Item] = {}
+    problems: list[Problem] = []
+    for where, one in found:
+        if isinstance(one, Item) and one.id in items:
+            one = Problem(where, "id twice", one.id)
+        if isinstance(one, Problem):
+            problems.append(one)
+        else:
+            items[one.id] = one
+    if problems or not items:
+        raise DataError(problems or [Problem(str(source), "no item")])
+    return tuple(items.values())
 
 
 def write_items(path: Path, items: Iterable[Item]) -> None:
     """Write a set of JSON lines, whole or not at all."""
     lines = [json.dumps(item.as_json(), ensure_ascii=False) for item in items]
     write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _item_in(line: str, where: str) -> Item | Problem:
+    try:
+        raw = json.loads(line)
+    except ValueError as error:
+        return Problem(where, "no JSON", str(error))
+    return item_of(raw, where) if isinstance(raw, dict) else Problem(where, "no object")
 
 
 def _is_box(box: Any) -> bool:

@@ -18,6 +18,7 @@ from mmtune.probe.tables import (
     difference_rows,
     effect_rows,
     notes,
+    pope_rows,
 )
 from mmtune.report.html import fill
 from mmtune.report.markdown import table_lines
@@ -45,6 +46,7 @@ def tables(probed: Probed, numbers: Numbers) -> list[tuple[str, list[str], list[
         ("What a style changes", *difference_rows(numbers)),
         ("What a model changes", *effect_rows(probed, numbers)),
         ("How they answer", *behaviour_rows(probed, numbers)),
+        ("As POPE's own script counts", *pope_rows(numbers)),
     ]
     return [(title, header, rows) for title, header, rows in found if rows]
 

@@ -77,7 +77,10 @@ def yes_no(item: Item, reply: str) -> str | None:
 
 
 def popes(item: Item, reply: str) -> str:
-    """POPE's own: the first sentence holds "no" or "not", or else it counts as yes."""
+    """POPE's own: the first sentence holds "no" or "not", or else it counts as yes.
+
+    Source: evaluate.py of POPE's repository.
+    """
     first = reply.split(".")[0].replace(",", "")
     return NO if {"No", "not", "no"} & set(first.split(" ")) else YES
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmtune.data.records import DataError, Problem
-from mmtune.probe.items import Item, ItemSet, item_of, read_items
+from mmtune.data.records import Problem
+from mmtune.probe.items import Found, ItemSet, checked_items, item_of, read_items
 
 PERCEPTION_ENDS = (" Please answer yes or no.", " Please answer yes or no")
 
@@ -26,10 +26,10 @@ def read_pope(path: str, images: str | None = None) -> ItemSet:
     """
     file = Path(path)
     kind = next((k for k in ("random", "popular", "adversarial") if k in file.stem), "")
-    found: list[Item | Problem] = []
+    found: list[Found] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
-            raw = _json(line)
+            where, raw = f"{file}:{number}", _json(line)
             known = {
                 "id": raw.get("question_id", number),
                 "images": [raw.get("image", "")],
@@ -38,8 +38,8 @@ def read_pope(path: str, images: str | None = None) -> ItemSet:
                 "category": "objects",
                 "subcategory": f"POPE {kind}".strip(),
             }
-            found.append(item_of(known, f"{file}:{number}"))
-    return _set(file.stem, found, Path(images or file.parent), file)
+            found.append((where, item_of(known, where)))
+    return ItemSet(file.stem, checked_items(found, file), Path(images or file.parent))
 
 
 def read_mme(path: str, images: str | None = None) -> ItemSet:
@@ -52,16 +52,18 @@ def read_mme(path: str, images: str | None = None) -> ItemSet:
         DataError: a line without an answer, no image, or no task at all.
     """
     root = Path(path)
-    found: list[Item | Problem] = []
+    found: list[Found] = []
     for file in sorted(root.glob("*/*.txt")) + sorted(root.glob("*/questions_answers_YN/*.txt")):
         task = file.relative_to(root).parts[0]
         picture = _beside(file)
         if picture is None:
-            found.append(Problem(str(file), "missing image", f"no picture called {file.stem}"))
+            problem = Problem(str(file), "missing image", f"no picture called {file.stem}")
+            found.append((str(file), problem))
             continue
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
                 continue
+            where = f"{file}:{number}"
             question, _, answer = line.rstrip().rpartition("\t")
             for end in PERCEPTION_ENDS:
                 question = question.removesuffix(end)
@@ -73,8 +75,8 @@ def read_mme(path: str, images: str | None = None) -> ItemSet:
                 "category": task,
                 "pair_id": f"{task}/{file.stem}",
             }
-            found.append(item_of(known, f"{file}:{number}"))
-    return _set(root.name, found, Path(images or root), root)
+            found.append((where, item_of(known, where)))
+    return ItemSet(root.name, checked_items(found, root), Path(images or root))
 
 
 def read_tsv(path: str, images: str | None = None) -> ItemSet:
@@ -93,7 +95,7 @@ def read_tsv(path: str, images: str | None = None) -> ItemSet:
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))
     encoded = {row.get("index", ""): row.get("image") or "" for row in rows}
-    found: list[Item | Problem] = []
+    found: list[Found] = []
     for number, row in enumerate(rows, 2):
         where = f"{file}:{number}"
         text = row.get("image") or ""
@@ -101,7 +103,8 @@ def read_tsv(path: str, images: str | None = None) -> ItemSet:
         try:
             name = _write(base64.b64decode(text, validate=True), folder)
         except (binascii.Error, ValueError):
-            found.append(Problem(where, "bad picture", "expected base64 in the column image"))
+            problem = Problem(where, "bad picture", "expected base64 in the column image")
+            found.append((where, problem))
             continue
         letters = [c for c in "ABCDEFGH" if (row.get(c) or "").strip()]
         answer = (row.get("answer") or "").strip()
@@ -119,8 +122,8 @@ def read_tsv(path: str, images: str | None = None) -> ItemSet:
             "category": row.get("category") or file.stem,
             "subcategory": row.get("l2-category") or "",
         }
-        found.append(item_of(known, where))
-    return _set(file.stem, found, folder, file)
+        found.append((where, item_of(known, where)))
+    return ItemSet(file.stem, checked_items(found, file), folder)
 
 
 READERS: dict[str, Callable[[str, str | None], ItemSet]] = {
@@ -129,20 +132,6 @@ READERS: dict[str, Callable[[str, str | None], ItemSet]] = {
     "mme": read_mme,
     "tsv": read_tsv,
 }
-
-
-def _set(name: str, found: list[Item | Problem], images: Path, where: Path) -> ItemSet:
-    problems = [one for one in found if isinstance(one, Problem)]
-    items = [one for one in found if isinstance(one, Item)]
-    twice = (
-        {item.id for item in items if sum(other.id == item.id for other in items) > 1}
-        if (len({item.id for item in items}) < len(items))
-        else set()
-    )
-    problems += [Problem(str(where), "id twice", one) for one in sorted(twice)]
-    if problems or not items:
-        raise DataError(problems or [Problem(str(where), "no item")])
-    return ItemSet(name, tuple(items), images)
 
 
 def _json(line: str) -> Mapping[str, Any]:

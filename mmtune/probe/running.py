@@ -5,24 +5,28 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from editing.evaluation.journal import Journal
+from mmtune.batched import batched
 from mmtune.probe.config import LocalOptions, ProbeConfig, ReplayOptions, to_yaml
 from mmtune.probe.items import Item, ItemSet
 from mmtune.probe.outcomes import Outcome, outcome_of
 from mmtune.probe.styles import STYLES
 from mmtune.runs import RunError, manifest, write_json, write_text
+from mmtune.yaml_source import as_yaml
 
 if TYPE_CHECKING:
     from editing.mllm import MLLM
     from mmtune.probe.clients import Client, Sent
+    from mmtune.probe.styles import StyleOptions
 
 log = logging.getLogger(__name__)
 CONFIG, MANIFEST, REPLIES = "config.yaml", "manifest.json", "replies.jsonl"
@@ -37,7 +41,8 @@ class Probed:
         config: of the probe.
         items: that were asked.
         outcomes: one for each model, style and item that can be asked in it.
-        left_out: style -> items that cannot be asked in it (nothing to point at, no examples).
+        left_out: every style -> items that cannot be asked in it (nothing to point at, no
+            examples).
     """
 
     config: ProbeConfig
@@ -63,25 +68,20 @@ def probe(config: ProbeConfig, runs: Path, overwrite: bool = False) -> Probed:
     _begin(root, config, overwrite)
     items = items_of(config, root)
     journal = Journal(root / REPLIES)
-    every = [Outcome(**line) for line in journal.lines]
-    kept = [outcome for outcome in every if not outcome.error]
-    if len(kept) < len(every):
-        lines = [line for line in journal.lines if not line["error"]]
-        journal.keep(0)
-        for line in lines:
-            journal.add(line)
-    left_out: dict[str, int] = {}
+    journal.retain(lambda line: not line["error"])
+    kept = [Outcome(**line) for line in journal.lines]
+    unfit: set[tuple[str, str]] = set()  # (style, item) of which no request can be made
     try:
         for name in config.models:
-            kept += _ask(config, name, items, kept, journal, left_out)
+            kept += _ask(config, name, items, kept, journal, unfit)
     except KeyboardInterrupt:
         log.warning("what is finished is kept in %s; the same command goes on with the rest", root)
         raise
-    order = {
-        (m, s): n for n, (m, s) in enumerate((m, s) for m in config.models for s in config.styles)
-    }
+    order = {pair: n for n, pair in enumerate(product(config.models, config.styles))}
     numbers = {item.id: n for n, item in enumerate(items.items)}
+    kept = [o for o in kept if (o.client, o.style) in order]  # others wait in the journal
     kept.sort(key=lambda o: (order[o.client, o.style], numbers[o.item]))
+    left_out = {style: sum(one == style for one, _ in unfit) for style in config.styles}
     return Probed(config, items, kept, left_out)
 
 
@@ -119,43 +119,43 @@ def _ask(
     items: ItemSet,
     kept: Sequence[Outcome],
     journal: Journal,
-    left_out: dict[str, int],
+    unfit: set[tuple[str, str]],
 ) -> list[Outcome]:
+    """Ask one model what it was not asked before; `unfit` is added to."""
     from tqdm import tqdm
 
-    done = {(o.style, o.item) for o in kept if o.client == name}
-    missing: list[tuple[str, Item]] = []
-    for style in config.styles:
-        makes = [i for i in items.items if _can(style, i, items, config)]
-        left_out[style] = len(items.items) - len(makes)
-        missing += [(style, item) for item in makes if (style, item.id) not in done]
-    found: list[Outcome] = []
-    if not missing:
-        return found
+    done = unfit | {(o.style, o.item) for o in kept if o.client == name}
+    missing = [(s, i) for s in config.styles for i in items.items if (s, i.id) not in done]
+    known, found = len(unfit), []
+    requests = _requests(missing, items, config.asking, unfit)
+    first = next(requests, None)
+    if first is None:
+        return found  # no model is loaded for nothing
     with client_of(name, config.models[name]) as client, tqdm(total=len(missing), desc=name) as bar:
-        for start in range(0, len(missing), client.batch):
-            some = missing[start : start + client.batch]
-            sent = [_made(style, item, items, config) for style, item in some]
-            for (style, item), one, reply in zip(some, sent, client.ask(sent), strict=True):
-                outcome = outcome_of(name, style, item, one, reply)
+        for some in batched(chain([first], requests), client.batch):
+            replies = client.ask([sent for _, _, sent in some])
+            for (style, item, sent), reply in zip(some, replies, strict=True):
+                outcome = outcome_of(name, style, item, sent, reply)
                 journal.add(outcome.as_json())
                 found.append(outcome)
+            bar.total = len(missing) - (len(unfit) - known)
             bar.update(len(some))
     return found
 
 
-def _can(style: str, item: Item, items: ItemSet, config: ProbeConfig) -> bool:
-    from mmtune.probe.styles import exemplars
-
-    if style == "referring":
-        return bool(item.regions)
-    return style != "few-shot" or bool(exemplars(item, items, config.asking))
-
-
-def _made(style: str, item: Item, items: ItemSet, config: ProbeConfig) -> Sent:
-    sent = STYLES[style](item, items, config.asking)
-    assert sent is not None
-    return sent
+def _requests(
+    missing: Iterable[tuple[str, Item]],
+    items: ItemSet,
+    options: StyleOptions,
+    unfit: set[tuple[str, str]],
+) -> Iterator[tuple[str, Item, Sent]]:
+    """Requests, made as they are needed; `unfit` gets what none can be made of."""
+    for style, item in missing:
+        sent = STYLES[style](item, items, options)
+        if sent is None:
+            unfit.add((style, item.id))
+        else:
+            yield style, item, sent
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def _mllm(options: LocalOptions) -> MLLM:
 
 
 def _begin(root: Path, config: ProbeConfig, overwrite: bool) -> None:
-    file = root / CONFIG
+    file, now = root / CONFIG, yaml.safe_load(to_yaml(config))
     if root.exists() and any(root.iterdir()):
         then = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
         if not isinstance(then, dict) or "styles" not in then or "models" not in then:
@@ -206,7 +206,6 @@ def _begin(root: Path, config: ProbeConfig, overwrite: bool) -> None:
                 f"{root} exists and holds no probe, so it is left alone. Choose another name with "
                 "name=NAME."
             )
-        now = yaml.safe_load(to_yaml(config))
         same = all(then.get(key) == now[key] for key in ("seed", "items", "asking"))
         same = same and all(
             now["models"][name] == old
@@ -220,8 +219,11 @@ def _begin(root: Path, config: ProbeConfig, overwrite: bool) -> None:
             )
         if overwrite:
             shutil.rmtree(root)
+        else:  # settings of models that are left out now, whose replies are in the journal
+            said = {line["client"] for line in Journal(root / REPLIES).lines if not line["error"]}
+            now["models"] |= {name: old for name, old in then["models"].items() if name in said}
     root.mkdir(parents=True, exist_ok=True)
-    write_text(file, to_yaml(config))
+    write_text(file, as_yaml(now))
     if not (root / MANIFEST).exists():
         files = [Path(config.items.path)] if config.items.path else []
         found = manifest(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from mmtune.metrics.intervals import cluster_numbers, mean_metrics
 from mmtune.probe.items import NO, YES, Item
+from mmtune.probe.parsing import popes
 
 if TYPE_CHECKING:
     from mmtune.probe.outcomes import Outcome
@@ -111,6 +112,21 @@ def cell(items: Mapping[str, Item], outcomes: Sequence[Outcome]) -> Cell:
         likeness=_mean([o.likeness for o in answered]),
         contradictions=_mean([o.contradicts for o in answered]),
     )
+
+
+def pope_cell(items: Mapping[str, Item], outcomes: Sequence[Outcome]) -> Cell:
+    """The numbers of yes-no questions with replies read by POPE's own parser (`popes`).
+
+    It reads a reply from its beginning, whatever comes last, and makes something of every one.
+    """
+    read = []
+    for outcome in outcomes:
+        item = items[outcome.item]
+        if item.kind == "yes-no":
+            said = None if outcome.error else popes(item, outcome.reply)
+            right = None if said is None else int(said == _truth(item))
+            read.append(replace(outcome, answer=said, right=right))
+    return cell(items, read)
 
 
 def paired(

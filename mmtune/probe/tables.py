@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmtune.probe.scores import OVERALL, Cell, Paired, Together, cell, paired, together
+from mmtune.probe.scores import OVERALL, Cell, Paired, Together, cell, paired, pope_cell, together
 
 if TYPE_CHECKING:
+    from mmtune.probe.outcomes import Outcome
     from mmtune.probe.running import Probed
     from mmtune.tasks.base import Metric
 
@@ -23,55 +24,51 @@ class Numbers:
     Attributes:
         cells: of each model, style and category, and of all categories together.
         styles: (model, style) -> the style against "simple" of the same model.
-        models: (model, style) -> the model against the first one in the same style.
-        changed: (model, category) -> the model against the first one over all styles.
+        changed: (model, category) -> the model against the first one in the plain style: "simple",
+            or where that was not asked, the first style.
         together: (model, style) -> what items of a pair have to do with each other.
         categories: in the order of the items.
+        pope: (model, style) -> as POPE's own script counts; empty for items in another format.
     """
 
     cells: Mapping[Key, Cell]
     styles: Mapping[tuple[str, str], Paired]
-    models: Mapping[tuple[str, str], Paired]
     changed: Mapping[tuple[str, str], Paired]
     together: Mapping[tuple[str, str], Together]
     categories: Sequence[str]
+    pope: Mapping[tuple[str, str], Cell]
 
 
 def numbers_of(probed: Probed) -> Numbers:
     """Count."""
     items = {item.id: item for item in probed.items.items}
     categories = list(dict.fromkeys(item.category for item in probed.items.items))
+    asked = probed.config.styles
+    plain = "simple" if "simple" in asked else asked[0]
     cells: dict[Key, Cell] = {}
-    styles, models, changed, pairs = {}, {}, {}, {}
+    styles, changed, pairs, pope = {}, {}, {}, {}
     first = next(iter(probed.config.models))
+
+    def within(category: str, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        return [o for o in outcomes if category in (OVERALL, items[o.item].category)]
+
     for model in probed.config.models:
-        for style in probed.config.styles:
+        for style in asked:
             outcomes = probed.of(model, style)
-            cells[model, style, OVERALL] = cell(items, outcomes)
-            for category in categories:
-                some = [o for o in outcomes if items[o.item].category == category]
-                cells[model, style, category] = cell(items, some)
+            for category in (OVERALL, *categories):
+                cells[model, style, category] = cell(items, within(category, outcomes))
             pairs[model, style] = together(items, outcomes)
-            if style != "simple" and "simple" in probed.config.styles:
+            if probed.config.items.format == "pope":
+                pope[model, style] = pope_cell(items, outcomes)
+            if style != "simple" and "simple" in asked:
                 found = paired(items, outcomes, probed.of(model, "simple"))
                 styles |= {(model, style): found} if found else {}
-            if model != first:
-                found = paired(items, outcomes, probed.of(first, style))
-                models |= {(model, style): found} if found else {}
         if model != first:
             for category in (OVERALL, *categories):
-                now, then = (_over_styles(probed, m, category) for m in (model, first))
+                now, then = (within(category, probed.of(m, plain)) for m in (model, first))
                 found = paired(items, now, then)
                 changed |= {(model, category): found} if found else {}
-    return Numbers(cells, styles, models, changed, pairs, categories)
-
-
-def _over_styles(probed: Probed, model: str, category: str) -> list:
-    """Outcomes of a model in "simple", or in its first style."""
-    styles = probed.config.styles
-    style = "simple" if "simple" in styles else styles[0]
-    items = {item.id: item for item in probed.items.items}
-    return [o for o in probed.of(model, style) if category in (OVERALL, items[o.item].category)]
+    return Numbers(cells, styles, changed, pairs, categories, pope)
 
 
 def accuracy_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[list[str]]]:
@@ -118,6 +115,16 @@ def behaviour_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[li
     return header, rows
 
 
+def pope_rows(numbers: Numbers) -> tuple[list[str], list[list[str]]]:
+    """POPE's numbers as its own script counts them, to stand beside published ones."""
+    header = ["model", "style", "accuracy", "precision", "recall", "F1", "yes"]
+    rows = []
+    for (model, style), one in numbers.pope.items():
+        shares = [_percent(share) for share in (one.precision, one.recall, one.f1, one.yes)]
+        rows.append([model, style, _accuracy(one.accuracy), *shares])
+    return header, rows
+
+
 def notes(probed: Probed) -> list[str]:
     """What has to be known to read the tables."""
     found = [
@@ -126,6 +133,12 @@ def notes(probed: Probed) -> list[str]:
         "Differences are paired, over the items that both answered; p is McNemar's exact test.",
         "Parsers: " + "; ".join(sorted({o.parser for o in probed.outcomes if o.parser})) + ".",
     ]
+    if probed.config.items.format == "pope":
+        found.append(
+            "POPE's own script takes a reply for a yes unless its first sentence holds the word no "
+            "or not. Published numbers may have been asked for in other words: here the plain "
+            'question has "Answer yes or no." behind it.'
+        )
     if probed.items.note:
         found.insert(0, f"The set was {probed.items.note}.")
     found += [

@@ -27,6 +27,7 @@ def render_html(report: Report) -> str:
         curves=training_curves(report.log),
         gallery=gallery,
         left_out=pictures.left_out,
+        config=report.config,
         manifest=report.manifest,
     )
 

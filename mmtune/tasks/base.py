@@ -132,11 +132,6 @@ class Task(ABC):
         """Queries whose results changed, gains and losses both, most changed first."""
 
 
-def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """`items` in order, `size` at a time; the last may be shorter."""
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the parameters of a model are."""
     return next(model.parameters()).device

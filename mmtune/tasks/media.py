@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmtune.batched import batched
 from mmtune.data.frames import FrameInputs
 from mmtune.data.images import load_image
 from mmtune.data.options import DataOptions
 from mmtune.data.records import DataError, MediaRef, Problem, Question, Record
 from mmtune.data.texts import report_too_long
 from mmtune.data.transforms import EvalTransform, TrainTransform
-from mmtune.tasks.base import Task, chunks, device_of, dtype_of, first_process
+from mmtune.tasks.base import Task, device_of, dtype_of, first_process
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -114,7 +115,7 @@ class MediaTask(Task):
 
         device, dtype = device_of(model), dtype_of(self.loaded.model)
         with ThreadPoolExecutor(DECODERS) as pool:
-            for chunk in chunks(records, self.settings.eval_batch_size):
+            for chunk in batched(records, self.settings.eval_batch_size):
                 pixels = pool.map(self.eval_pixels, [r.image for r in chunk])
                 yield torch.stack(list(pixels)).to(device, dtype)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from mmtune.batched import batched
 from mmtune.data.options import Count
 from mmtune.data.records import Record
 from mmtune.data.texts import normalised
@@ -18,7 +19,6 @@ from mmtune.tasks.base import (
     Evaluation,
     GalleryItem,
     Metric,
-    chunks,
     device_of,
     evaluating,
     on_device,
@@ -194,7 +194,7 @@ class PairTask(CaptionedTask):
 
     def _embed_texts(self, model: nn.Module, texts: Sequence[str], bar: Any) -> Iterator[Tensor]:
         device = device_of(model)
-        for chunk in chunks(texts, self.settings.eval_batch_size):
+        for chunk in batched(texts, self.settings.eval_batch_size):
             tokens = on_device(self.loaded.tokenize(chunk), device)
             yield self.loaded.backbone.encode_text(model, **tokens).float()
             bar.update(len(chunk))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mmtune.batched import batched
 from mmtune.data.options import Count, DataOptions
 from mmtune.data.records import DataError, Problem, Question, listed
 from mmtune.data.transforms import AugmentOptions
@@ -19,7 +20,6 @@ from mmtune.tasks.base import (
     Evaluation,
     GalleryItem,
     Metric,
-    chunks,
     device_of,
     evaluating,
     on_device,
@@ -210,7 +210,7 @@ class VqaTask(WritingTask):
     def _answers(
         self, model: nn.Module, questions: Sequence[Question], bar: Any
     ) -> Iterator[list[str]]:
-        some = chunks(questions, self.settings.eval_batch_size)
+        some = batched(questions, self.settings.eval_batch_size)
         for chunk, pixels in zip(some, self._pixels(model, questions), strict=True):
             prompts = on_device(self.prompts(chunk), device_of(model))
             yield self._written(model, {"pixel_values": pixels, **prompts})

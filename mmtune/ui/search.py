@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from mmtune.batched import batched
 from mmtune.data.records import ImageFile, Record
 from mmtune.ui.problems import EXPECTED, PageProblem
 
@@ -219,14 +220,14 @@ def _image_features(side: Side, records: Sequence[Record], progress: Progress) -
 
     from mmtune.data.images import load_image
     from mmtune.data.transforms import EvalTransform
-    from mmtune.tasks.base import chunks, device_of, dtype_of, evaluating
+    from mmtune.tasks.base import device_of, dtype_of, evaluating
 
     transform = EvalTransform(side.loaded.image)
     device, dtype = device_of(side.model), dtype_of(side.loaded.model)
     found: list[Tensor] = []
     done = 0
     with evaluating(side.model), ThreadPoolExecutor(DECODERS) as pool:
-        for chunk in chunks(records, BATCH):
+        for chunk in batched(records, BATCH):
             progress(done, len(records), side.title)
             pixels = list(pool.map(lambda r: transform(load_image(r.image)), chunk))
             batch = torch.stack(pixels).to(device, dtype)

@@ -10,7 +10,6 @@ Two stages on one GPU (or, for a smoke test with small numbers, on the CPU):
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.runs import write_json
 from mmtune.zoo.diffusion import load_pipeline, save_diffusion, text_tower
-from mmtune.zoo.tiny_clip.command import begin
+from mmtune.zoo.tiny_clip.command import begin, recipe_parser
 from mmtune.zoo.tiny_diffusion.material import drawings, gather, moved
 from mmtune.zoo.tiny_diffusion.recipe import DiffusionRecipe
 
@@ -61,7 +60,7 @@ def train(
     from mmtune.zoo.tiny_diffusion.stages import gather_latents, psnr, train_coder, train_unet
 
     began = time.time()
-    generator = begin(recipe, device)  # pyright: ignore[reportArgumentType] (it reads the seed)
+    generator = begin(recipe, device)
     data = gather(recipe, icons)
     data.pixels, data.mirror = data.pixels.to(device), data.mirror.to(device)
     log.info("%d pictures (%.0f s)", len(data.pixels), time.time() - began)
@@ -140,17 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     import torch
 
-    parser = argparse.ArgumentParser(
-        prog="python -m mmtune.zoo.train_tiny_diffusion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = recipe_parser(
+        "mmtune.zoo.train_tiny_diffusion", __doc__, DiffusionRecipe, teachers=False
     )
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--icons", type=Path, help="unpacked icon packages: further pictures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for field in dataclasses.fields(DiffusionRecipe):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default)
     given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, icons, device = given.pop("out"), given.pop("icons"), torch.device(given.pop("device"))

@@ -10,7 +10,6 @@ Two stages on one GPU (or, for a smoke test with small numbers, on the CPU):
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.runs import write_json
 from mmtune.zoo.llava import llava_model
-from mmtune.zoo.tiny_clip.command import begin
+from mmtune.zoo.tiny_clip.command import begin, recipe_parser
 from mmtune.zoo.tiny_llava.material import gather
 from mmtune.zoo.tiny_llava.recipe import LlavaRecipe
 from mmtune.zoo.tiny_llava.scores import answer_scores, mean_of_kinds
@@ -56,7 +55,7 @@ def train(
     from mmtune.zoo.tiny_llava.stages import distil, train_llava
 
     began = time.time()
-    generator = begin(recipe, device)  # pyright: ignore[reportArgumentType] (it reads the seed)
+    generator = begin(recipe, device)
     tokenizer = AutoTokenizer.from_pretrained(language)
     data = gather(recipe, icons, tokenizer, device)
     log.info("%s drawings, icons and shapes (%.0f s)", data.parts, time.time() - began)
@@ -98,18 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     import torch
 
-    parser = argparse.ArgumentParser(
-        prog="python -m mmtune.zoo.train_tiny_llava",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--icons", type=Path, help="unpacked icon packages: further pictures")
+    parser = recipe_parser("mmtune.zoo.train_tiny_llava", __doc__, LlavaRecipe, teachers=False)
     parser.add_argument("--language", help="folder of SmolLM2 (default: that of its package)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for field in dataclasses.fields(LlavaRecipe):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default)
     given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, icons, language = given.pop("out"), given.pop("icons"), given.pop("language")

@@ -11,6 +11,7 @@ from data_builders.gallery import REJECTED, duration, render_gallery
 from data_builders.samples import Candidate
 from data_builders.stages.assemble import AssembleOptions, write_set
 from tests.data_builders.finished_samples import MANIFEST, build_of, finished, pictures_in
+from tests.report.browser import looks_right
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -64,6 +65,19 @@ def test_it_needs_no_other_file(pictures, tmp_path):
     assert "<script" not in page
     assert all(src.startswith("data:") for src in re.findall(r'src="([^"]*)"', page))
     assert not re.findall(r'href="|url\(', page)
+
+
+def test_it_looks_right_in_a_browser(pictures, tmp_path):
+    """With defects, a long word, a candidate without a picture, and more records than are shown."""
+    samples = finished(pictures, 12, 4)
+    gone = [Candidate(f"made:gone/{n}.png", "", "x", reason="z" * 60) for n in range(3)]
+    samples[0] = samples[0].with_(candidates=(samples[0].candidates[0], *gone))
+    samples[-1] = samples[-1].with_(image_locality=samples[0].image_locality)
+    samples[1] = samples[1].with_(question="Donaudampfschifffahrt" * 12 + "?")
+    page = tmp_path / "gallery.html"
+    page.write_text(page_of(samples, pictures, tmp_path / "set", 9), encoding="utf-8")
+    assert '<section class="warning">' in page.read_text(encoding="utf-8")
+    looks_right(page, tmp_path)
 
 
 def test_records_are_drawn_by_the_seed(pictures, tmp_path):

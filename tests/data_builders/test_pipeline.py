@@ -306,6 +306,12 @@ def test_faults_end_the_build_by_policy_and_mended_ones_are_done_again(config, r
     assert not (mended.folder / "faults.jsonl").exists()
 
 
+def test_a_broken_record_of_a_source_ends_the_build_by_policy(config, runs):
+    text = "collect: n3: broken record.* Mend it, or set on_fault: skip to set such samples aside"
+    with pytest.raises(RunError, match=text):
+        run(config, runs, ["source.broken=[3]", "on_fault=stop"])
+
+
 def test_a_source_that_cannot_be_read_is_named(config, runs, monkeypatch):
     def read(self, pictures):
         raise DataError([Problem("x.json", "no sample", "it is empty")])

@@ -30,6 +30,12 @@ def test_pope(tmp_path):
         ("2", "Is there a cat?", "no", "yes-no"),
     ]
     assert found.items[0].subcategory == "POPE adversarial"
+    file.write_text("\n".join(map(json.dumps, [*lines, lines[0], lines[0]])))
+    with pytest.raises(DataError) as error:
+        read_pope(str(file))
+    assert [(p.where, p.reason, p.text) for p in error.value.problems] == [
+        (f"{file}:{line}", "id twice", "1") for line in (3, 4)
+    ]
     file.write_text('{"question_id": 1, "text": "Is there a dog?"}\nnonsense\n')
     with pytest.raises(DataError, match="no answer"):
         read_pope(str(file))
@@ -60,6 +66,8 @@ def test_mme(tmp_path):
     (tmp_path / "color/001.jpg").unlink()
     with pytest.raises(DataError, match="missing image"):
         read_mme(str(tmp_path))
+    with pytest.raises(DataError, match="no item"):
+        read_mme(str(tmp_path / "color"))
 
 
 def tsv(path, rows):

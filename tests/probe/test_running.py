@@ -15,7 +15,9 @@ from mmtune.probe import running
 from mmtune.probe.config import load_probe_config, to_yaml
 from mmtune.probe.page import tables
 from mmtune.probe.running import probe
-from mmtune.probe.tables import numbers_of
+from mmtune.probe.styles import STYLES
+from mmtune.probe.tables import notes, numbers_of
+from mmtune.runs import RunError
 from mmtune.yaml_source import ConfigError
 from tests.editing.tiny import tiny
 from tests.probe.sets import WHOLE, Told, item, written
@@ -58,6 +60,66 @@ def test_every_item_is_asked_in_every_style_once(config, told, tmp_path):
     assert found.left_out == {"simple": 0, "referring": 1, "reasoning": 0, "few-shot": 0}
     probe(load_probe_config(config), tmp_path / "runs")
     assert len(told.asked) == 23
+
+
+def test_replies_of_models_and_styles_that_are_left_out_wait_in_the_journal(config, told, tmp_path):
+    changes = ["models.again={model: {name: none}}"]
+    whole = probe(load_probe_config(config, changes), tmp_path / "runs")
+    told.asked = []
+    found = probe(load_probe_config(config, ["styles=[reasoning, simple]"]), tmp_path / "runs")
+    assert found.outcomes == whole.of("told", "reasoning") + whole.of("told", "simple")
+    assert probe(load_probe_config(config, changes), tmp_path / "runs") == whole
+    assert told.asked == []
+
+
+def test_a_model_that_was_left_out_does_not_come_back_as_another_one(config, told, tmp_path):
+    probe(load_probe_config(config, ["models.again={model: {name: none}}"]), tmp_path / "runs")
+    probe(load_probe_config(config), tmp_path / "runs")
+    with pytest.raises(RunError, match="other settings of a model"):
+        probe(load_probe_config(config, ["models.again={model: {name: no}}"]), tmp_path / "runs")
+
+
+def test_a_model_that_never_answered_leaves_nothing_behind(config, told, tmp_path, monkeypatch):
+    changes = ["models.again={model: {name: none}}"]
+    with monkeypatch.context() as patch:
+        ask = running.client_of
+        broken = {"told": ask, "again": None}  # cannot be loaded
+        patch.setattr(running, "client_of", lambda name, options: broken[name](name, options))
+        with pytest.raises(TypeError):
+            probe(load_probe_config(config, changes), tmp_path / "runs")
+        probe(load_probe_config(config), tmp_path / "runs")
+    assert load_probe_config(tmp_path / "runs/mine/config.yaml").models.keys() == {"told"}
+    changed = load_probe_config(config, ["models.again={model: {name: no}}"])
+    found = probe(changed, tmp_path / "runs")
+    assert len(found.outcomes) == 2 * 23
+
+
+def test_nothing_is_loaded_where_nothing_is_missing(config, told, tmp_path, monkeypatch):
+    first = probe(load_probe_config(config), tmp_path / "runs")
+    monkeypatch.setattr(running, "client_of", None)
+    assert probe(load_probe_config(config), tmp_path / "runs") == first
+    alone = load_probe_config(config, ["name=alone", "items.limit=1", "styles=[few-shot]"])
+    found = probe(alone, tmp_path / "runs")  # one item of each category: no examples
+    assert found.outcomes == []
+    assert found.left_out == {"few-shot": 2}
+
+
+def test_a_style_alone_says_which_items_it_fits(config, told, tmp_path, monkeypatch):
+    """Requests are made a batch ahead at most, and one that cannot be made is tried once."""
+    made = []
+
+    def odd(item, items, options):
+        made.append(item.id)
+        assert len(made) <= 2 * (len(told.asked) + told.batch)
+        return STYLES["simple"](item, items, options) if int(item.id) % 2 else None
+
+    monkeypatch.setitem(STYLES, "odd", odd)
+    changes = ["styles=[odd, simple]", "models.again={model: {name: none}}"]
+    found = probe(load_probe_config(config, changes), tmp_path / "runs")
+    assert found.left_out == {"odd": 3, "simple": 0}
+    assert [o.item for o in found.of("told", "odd")] == ["1", "3", "5"]
+    assert [o.item for o in found.of("again", "odd")] == ["1", "3", "5"]
+    assert made == [*"012345", *"135"]
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 22])
@@ -111,8 +173,6 @@ def test_replies_can_be_replayed(config, told, tmp_path, monkeypatch):
 
 
 def test_folders_of_something_else_are_left_alone(config, told, tmp_path):
-    from mmtune.runs import RunError
-
     probe(load_probe_config(config), tmp_path / "runs")
     with pytest.raises(RunError, match="another way of asking"):
         probe(load_probe_config(config, ["asking.examples=1"]), tmp_path / "runs")
@@ -154,6 +214,26 @@ def test_accuracy_of_a_model_that_always_says_yes(config, told, tmp_path):
     assert numbers.cells["told", "simple", "all"].yes == 1.0
     titles = [title for title, _, _ in tables(found, numbers)]
     assert titles == ["Accuracy", "What a style changes", "How they answer"]
+
+
+def test_popes_own_numbers_stand_beside_ours(config, told, tmp_path):
+    lines = [
+        {"question_id": n, "image": f"{n}.png", "text": "Is there a dog?", "label": label}
+        for n, label in enumerate(("yes", "no", "no", "no"))
+    ]
+    file = tmp_path / "coco_pope_random.json"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    changes = [f"items={{format: pope, path: {file}}}", "styles=[simple]"]
+    told.answer = lambda sent: "Hard to say"
+    found = probe(load_probe_config(config, changes), tmp_path / "runs")
+    by_title = {title: rows for title, _, rows in tables(found, numbers_of(found))}
+    (row,) = by_title["As POPE's own script counts"]
+    assert row[:2] == ["told", "simple"]
+    assert row[2].startswith("25.0 [")
+    assert row[3:] == ["25.0", "100.0", "40.0", "100.0"]
+    (ours,) = by_title["How they answer"]
+    assert ours[4:6] == ["100.0", "0.0"]  # not understood, and no yes
+    assert any("POPE's own script" in note for note in notes(found))
 
 
 def test_every_mistake_is_told(tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -6,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from mmtune.probe.outcomes import Outcome
-from mmtune.probe.scores import cell, mcnemar, paired, together
+from mmtune.probe.scores import cell, mcnemar, paired, pope_cell, together
 from tests.probe.sets import item
 
 
@@ -27,6 +28,19 @@ def test_pope_counts():
     assert found.yes == 3 / 6
     assert found.unparsed == 1 / 6
     assert found.accuracy.value == 3 / 6
+
+
+def test_popes_own_counts():
+    """What is no "no" is a yes, of the first sentence alone; other kinds of items do not count."""
+    said = {"a": ("yes", "Hm."), "b": ("yes", "I do not know. Yes."), "c": ("no", "A dog."),
+            "d": ("no", "No, it is red."), "e": ("no", "Answer: no")}  # fmt: skip
+    items = {n: item(n, truth, image=f"{n}.png") for n, (truth, _) in said.items()}
+    items["f"] = item("f", "a dog", image="f.png")
+    outcomes = [outcome(n, None, 0) for n in items]
+    outcomes = [replace(o, reply=said.get(o.item, ("", "a dog"))[1]) for o in outcomes]
+    found = pope_cell(items, [*outcomes, outcome("a", None, None, "timed out")])
+    assert (found.accuracy.value, found.accuracy.n, found.failed) == (3 / 5, 5, 1)
+    assert (found.precision, found.recall, found.f1, found.yes) == (1 / 2, 1 / 2, 1 / 2, 2 / 5)
 
 
 def test_failed_requests_do_not_count():

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mmtune.field_options import add_field_options
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from mmtune.zoo.tiny_clip.material import Material
-    from mmtune.zoo.tiny_clip.recipe import Recipe
 
 
-def recipe_parser(module: str, description: str | None, recipe: type[Recipe]) -> Any:
-    """A parser of --out, --teachers, --icons, --device, and every number of the recipe."""
+class Seeded(Protocol):
+    """What a recipe has at least."""
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn."""
+        ...
+
+
+def recipe_parser(
+    module: str, description: str | None, recipe: type, teachers: bool = True
+) -> argparse.ArgumentParser:
+    """A parser of --out, --icons, --device, and every number of the recipe.
+
+    Args:
+        module: that is run.
+        description: what --help says.
+        recipe: a dataclass.
+        teachers: whether the recipe has any, which --teachers names.
+    """
     import torch
 
     parser = argparse.ArgumentParser(
@@ -26,16 +44,16 @@ def recipe_parser(module: str, description: str | None, recipe: type[Recipe]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--teachers", type=Path, required=True, help="unpacked teacher packages")
+    if teachers:
+        text = "unpacked teacher packages"
+        parser.add_argument("--teachers", type=Path, required=True, help=text)
     parser.add_argument("--icons", type=Path, help="unpacked icon packages: further pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for field in dataclasses.fields(recipe):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default)
+    add_field_options(parser, recipe)
     return parser
 
 
-def begin(recipe: Recipe, device: torch.device) -> torch.Generator:
+def begin(recipe: Seeded, device: torch.device) -> torch.Generator:
     """Seed a training run; the generator of what it draws on the device."""
     import torch
 
