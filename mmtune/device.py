@@ -8,10 +8,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mmtune.checkpoints import TrainingError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from peft import PeftModel
 
     from mmtune.config import TrainingOptions
@@ -52,6 +55,34 @@ def checkpoint_activations(model: PeftModel) -> None:
             f"{type(backbone.model).__name__} cannot checkpoint activations. "
             "Set training.gradient_checkpointing: false."
         )
+
+
+class Fetched:
+    """Numbers on their way from a device to here; what is launched after them is not waited for.
+
+    Args:
+        first: a scalar; its device is that of the others.
+        others: scalars, or numbers that are here already.
+    """
+
+    def __init__(self, first: Tensor, others: Iterable[Tensor | float]) -> None:
+        device = first.device
+        numbers = [first.detach(), *(torch.as_tensor(o, device=device).detach() for o in others)]
+        together = torch.stack([number.double() for number in numbers])
+        self._arrived: torch.cuda.Event | None = None
+        if together.is_cuda:
+            self._here = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+            self._here.copy_(together, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._here = together
+
+    def values(self) -> list[float]:
+        """The numbers, as soon as they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._here.tolist()
 
 
 def leave_together() -> None:

@@ -31,7 +31,7 @@ from mmtune.checkpoints import (
     sync,
 )
 from mmtune.config import TrainingOptions
-from mmtune.device import PeakMemory, checkpoint_activations
+from mmtune.device import Fetched, PeakMemory, checkpoint_activations
 from mmtune.step_times import StepTimes
 from mmtune.trainer_arguments import trainer_arguments
 from mmtune.tuners.hooks import JoinedHooks, TrainingHooks
@@ -182,22 +182,30 @@ class TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss and the method's penalty. TrainingError where that is not finite."""
+        """The task's loss and the method's penalty."""
         loss, numbers = self.task.loss(model, inputs)
         penalty = self.hooks.penalty()
         if penalty is not None:
             loss, numbers = loss + penalty, {**numbers, "penalty": penalty.detach()}
-        if not torch.isfinite(loss.detach()):
+        self.fetched = tuple(numbers), Fetched(loss, numbers.values())
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward; TrainingError where the loss is not finite, before any update."""
+        step = super().training_step(*args, **kwargs)
+        names, fetched = self.fetched  # looked at now, while the device is busy with backward
+        loss, *numbers = fetched.values()
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} in step {self.state.global_step + 1}. Lower "
+                f"the loss is {loss} in step {self.state.global_step + 1}. Lower "
                 f"training.lr (now {self.options.lr:g}), raise training.warmup, or set "
                 "training.precision: float32."
             )
-        for name, value in numbers.items():
+        for name, value in zip(names, numbers, strict=True):
             total = self.sums.setdefault(name, [0.0, 0.0])
-            total[0] += float(value)
+            total[0] += value
             total[1] += 1
-        return (loss, None) if return_outputs else loss
+        return step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Also write one line of metrics.jsonl per logged training step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
 from torch import nn
 
 from mmtune.backbones import backbone_of
@@ -89,6 +91,7 @@ class SitedTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own declaration)
     # Why the method cannot be folded into the weights, as the end of "... cannot be merged: ".
     unmergeable: ClassVar[str | None] = None
+    _parts: list[Any] | None = None  # what `set_adapter` visits, once it is known
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> PeftConfig:
         backbone = backbone_of(self.model)
@@ -137,6 +140,26 @@ class SitedTuner(BaseTuner):
             What stands there from now on: `target` itself, or what wraps it.
         """
         raise NotImplementedError
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._parts = None
+        super().inject_adapter(*args, **kwargs)
+        self._parts = None
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, as PEFT does, but walk over all modules only once."""
+        if self._parts is None:
+            kinds = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
+            self._parts = [m for m in self.model.modules() if isinstance(m, kinds)]
+        for part in self._parts:
+            if isinstance(part, AuxiliaryTrainingWrapper):
+                _set_adapter(part, adapter_name, inference_mode=inference_mode)
+                continue
+            if part.merged:
+                warnings.warn("merged adapters are unmerged before others act", stacklevel=2)
+                part.unmerge()
+            part.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def _attach(self, name: str, make: Callable[[], Attached]) -> Any:
         """The attached layer called `name`, made when it is first needed."""

@@ -102,18 +102,23 @@ class ModeFactors(Attached, AuroraLayer):
         r: int,
         core: str,
         generator: torch.Generator | None,
-    ) -> None:
-        """Make the factors called `key`, r components for such blocks, unless they exist."""
+    ) -> bool:
+        """Make the factors called `key`, r components for such blocks, unless they exist.
+
+        Returns:
+            Whether they were made.
+        """
         groups = (self.aurora_U, self.aurora_V, self.aurora_core)
         u_of, v_of, core_of = (cast(nn.ParameterDict, group[name]) for group in groups)
         if key in u_of:
-            return
+            return False
         u = torch.randn(r, blocks.d_in, generator=generator) / math.sqrt(blocks.d_in)
         dense = core == "dense"
         mixing = torch.randn(r, r, r, generator=generator) / r if dense else torch.ones(r)
         u_of[key] = nn.Parameter(u)
         v_of[key] = nn.Parameter(torch.zeros(blocks.d_out, r))
         core_of[key] = nn.Parameter(mixing)
+        return True
 
     def of(self, name: str, key: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first `rank` components: U [rank, d_in], V [d_out, rank], core [rank] or [rank]^3."""

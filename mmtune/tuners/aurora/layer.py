@@ -77,7 +77,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
         config: AuroraConfig,
         generator: torch.Generator | None,
         branch: str = "",
-    ) -> None:
+    ) -> bool:
         """Give the layer an adapter.
 
         Args:
@@ -88,11 +88,14 @@ class AuroraLinear(nn.Module, AuroraLayer):
             config: of the adapter.
             generator: of the random start.
             branch: in which the layer is.
+
+        Returns:
+            Whether factors were made, which no layer had yet.
         """
         factors = cast(ModeFactors, self.factors)
         # What all branches share must hold the largest of their ranks.
         r = config.rank if config.sharing == "all" else rank
-        factors.require(name, key, blocks, r, config.core, generator)
+        made = factors.require(name, key, blocks, r, config.core, generator)
         modes = torch.randn(blocks.count, rank, generator=generator)
         self.aurora_modes[name] = nn.Parameter(modes)
         self.aurora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -105,6 +108,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
             config.block_layout == "interleaved",
             config.compute if config.forms() else "separate",
         )
+        return made
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         known = self.rounds.known(self)

@@ -82,8 +82,10 @@ class AuroraModel(SitedTuner):
         base: Any = layer.get_base_layer()
         blocks = cut(site, base.out_features, base.in_features)
         rank, key = config.rank_of(site.branch), sharing_key(config.sharing, site, blocks)
-        layer.add_adapter(adapter_name, key, blocks, rank, config, self._generator, site.branch)
-        for part in (layer, factors):
+        made = layer.add_adapter(
+            adapter_name, key, blocks, rank, config, self._generator, site.branch
+        )
+        for part in (layer, factors) if made else (layer,):
             self._settle(part, adapter_name, base.weight.device)
         return layer
 
