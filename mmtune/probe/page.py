@@ -72,6 +72,8 @@ def render_page(probed: Probed, numbers: Numbers, root: Path) -> str:
         summary=_summary(probed),
         warning=f"The items were {probed.items.note}." if probed.items.note else "",
         heat=_heat(probed, numbers),
+        effects=_effects(probed, numbers),
+        first=next(iter(probed.config.models)),
         categories=[OVERALL, *numbers.categories],
         tables=found[1:],
         accuracy=found[0],
@@ -106,6 +108,29 @@ def _heat(probed: Probed, numbers: Numbers) -> list[dict[str, Any]]:
                         "share": 0 if value is None else round(value),
                         "text": "" if value is None else f"{value:.0f}",
                         "n": 0 if metric is None else metric.n,
+                    }
+                )
+            rows.append((style, cells))
+        found.append({"model": model, "rows": rows})
+    return found
+
+
+def _effects(probed: Probed, numbers: Numbers) -> list[dict[str, Any]]:
+    """As `_heat`, of differences to the first model; `tone` says whether it got better or worse."""
+    found = []
+    for model in list(probed.config.models)[1:]:
+        rows = []
+        for style in probed.config.styles:
+            cells = []
+            for category in (OVERALL, *numbers.categories):
+                paired = numbers.changed.get((model, style, category))
+                value = 0.0 if paired is None else 100 * paired.difference.value
+                cells.append(
+                    {
+                        "share": min(100, round(2 * abs(value))),
+                        "tone": "bad" if value < 0 else "good",
+                        "text": "" if paired is None else f"{value:+.0f}".replace("-", "−"),
+                        "kept": 0 if paired is None else f"{100 * paired.kept:.0f}",
                     }
                 )
             rows.append((style, cells))
