@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmtune.probe.running import Probed
 
 PAGE, MARKDOWN = "report.html", "report.md"
-SHOWN = 3  # failures of each model, style and category
+SHOWN = 3  # failures of each style and category
 
 
 def write_pages(probed: Probed, numbers: Numbers, root: Path) -> None:
@@ -79,6 +79,7 @@ def render_page(probed: Probed, numbers: Numbers, root: Path) -> str:
         accuracy=found[0],
         notes=notes(probed),
         gallery=_gallery(probed, pictures),
+        shown=SHOWN,
         left_out=pictures.left_out,
         config=to_yaml(probed.config),
         manifest=manifest,
@@ -116,7 +117,7 @@ def _heat(probed: Probed, numbers: Numbers) -> list[dict[str, Any]]:
 
 
 def _effects(probed: Probed, numbers: Numbers) -> list[dict[str, Any]]:
-    """As `_heat`, of differences to the first model; `tone` says whether it got better or worse."""
+    """As `_heat`, of differences to the first model; `tone` says which way they go."""
     found = []
     for model in list(probed.config.models)[1:]:
         rows = []
@@ -128,8 +129,8 @@ def _effects(probed: Probed, numbers: Numbers) -> list[dict[str, Any]]:
                 cells.append(
                     {
                         "share": min(100, round(2 * abs(value))),
-                        "tone": "bad" if value < 0 else "good",
-                        "text": "" if paired is None else f"{value:+.0f}".replace("-", "−"),
+                        "tone": "fell" if value < 0 else "rose",
+                        "text": "" if paired is None else _points(value),
                         "kept": 0 if paired is None else f"{100 * paired.kept:.0f}",
                     }
                 )
@@ -138,8 +139,16 @@ def _effects(probed: Probed, numbers: Numbers) -> list[dict[str, Any]]:
     return found
 
 
-def _gallery(probed: Probed, pictures: Pictures) -> list[dict[str, Any]]:
-    """Failures, a few of each category and style, models side by side."""
+def _points(value: float) -> str:
+    text = f"{value:+.0f}"
+    return "0" if float(text) == 0 else text.replace("-", "−")
+
+
+def _gallery(probed: Probed, pictures: Pictures) -> dict[str, list[dict[str, Any]]]:
+    """Style -> failures, a few of each category, models side by side.
+
+    Those at which models differ come first.
+    """
     from PIL import Image
 
     known = {item.id: item for item in probed.items.items}
@@ -147,8 +156,8 @@ def _gallery(probed: Probed, pictures: Pictures) -> list[dict[str, Any]]:
     for outcome in probed.outcomes:
         by_key.setdefault((outcome.style, outcome.item), {})[outcome.client] = outcome
     seen: dict[tuple[str, str], int] = {}
-    found = []
-    for (style, name), outcomes in by_key.items():
+    found: dict[str, list[dict[str, Any]]] = {style: [] for style in probed.config.styles}
+    for (style, name), outcomes in sorted(by_key.items(), key=lambda one: _agree(one[1])):
         item = known[name]
         key = style, item.category
         if all(o.right for o in outcomes.values()) or seen.get(key, 0) >= SHOWN:
@@ -158,10 +167,9 @@ def _gallery(probed: Probed, pictures: Pictures) -> list[dict[str, Any]]:
             continue
         seen[key] = seen.get(key, 0) + 1
         images = [Image.open(io.BytesIO(data)) for data in sent.images]
-        found.append(
+        found[style].append(
             {
                 "id": name,
-                "style": style,
                 "category": item.category,
                 "uris": [uri for image in images if (uri := pictures.uri(image))],
                 "text": sent.text,
@@ -170,7 +178,11 @@ def _gallery(probed: Probed, pictures: Pictures) -> list[dict[str, Any]]:
                 "replies": _replies(list(outcomes.values())),
             }
         )
-    return found
+    return {style: failures for style, failures in found.items() if failures}
+
+
+def _agree(outcomes: Mapping[str, Outcome]) -> bool:
+    return len({bool(o.right) for o in outcomes.values()}) == 1
 
 
 def _replies(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
