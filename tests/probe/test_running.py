@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -265,6 +266,24 @@ def test_effects_of_an_edit_are_told_by_style_and_category(config, tmp_path, mon
     page = render_page(found, numbers, tmp_path / "runs/mine")
     assert "What changed against told" in page
     assert page.count("% kept") == 4 * 3
+
+
+def test_failures_at_which_models_differ_are_shown_first(config, tmp_path, monkeypatch):
+    from contextlib import contextmanager
+
+    from mmtune.probe.page import render_page
+
+    @contextmanager
+    def client_of(name, options):
+        yield Told(lambda sent: next(answers), batch=1)
+
+    models = "models={told: {model: {name: none}}, edited: {model: {name: none}}}"
+    answers = iter(["maybe"] * 6 + ["maybe", "maybe", "no", "maybe", "maybe", "yes"])
+    monkeypatch.setattr(running, "client_of", client_of)
+    found = probe(load_probe_config(config, [models, "styles=[simple]"]), tmp_path / "runs")
+    page = render_page(found, numbers_of(found), tmp_path / "runs/mine")
+    shown = re.findall(r'<span class="soft small">(\d)</span>', page)
+    assert shown == ["2", "5", "0", "1", "3", "4"]
 
 
 def test_every_mistake_is_told(tmp_path):
