@@ -182,17 +182,25 @@ def matrix() -> list[Table]:
 def _backbones() -> list[Table]:
     from mmtune import zoo
     from mmtune.backbones import families
+    from mmtune.backbones.blip2 import Blip2
+    from mmtune.backbones.interleaved import Interleaved
     from mmtune.backbones.loading import SCHEMES
 
-    table = new_table("backbone", "what it is")
+    table = new_table("backbone", "what it is", "edit, probe")
     for name, cls in families().items():
-        table.add_row(name, cls.summary)
+        asked = issubclass(cls, Blip2 | Interleaved)  # an image and a text in, a text out
+        table.add_row(name, cls.summary, "yes" if asked else "")
     names = new_table("model.name", "")
-    for model in zoo.names()["models"]:
-        names.add_row(f"zoo:{model}", "ships with mmtune")
     for scheme, text in SCHEMES.items():
         names.add_row(scheme, text)
-    return [table, names]
+    ships = new_table("ships", "what it is")
+    for model in zoo.names()["models"]:
+        ships.add_row(f"zoo:{model}", f"{zoo.summary(model)} (@{' @'.join(zoo.flavours(model))})")
+        for editor in zoo.trained_editors(model):
+            ships.add_row(f"zoo:{editor}", f"{editor.partition('/')[2]}, trained for {model}")
+    for pipeline in zoo.names()["pipelines"]:
+        ships.add_row(f"zoo:{pipeline}", f"{zoo.summary(pipeline)} (text to image)")
+    return [table, names, ships]
 
 
 def _methods() -> list[Table]:

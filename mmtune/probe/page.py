@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmtune.probe.running import Probed
 
 PAGE, MARKDOWN = "report.html", "report.md"
-SHOWN = 3  # failures of each model, style and category
+SHOWN = 3  # failures of each style and category
 
 
 def write_pages(probed: Probed, numbers: Numbers, root: Path) -> None:
@@ -72,11 +72,14 @@ def render_page(probed: Probed, numbers: Numbers, root: Path) -> str:
         summary=_summary(probed),
         warning=f"The items were {probed.items.note}." if probed.items.note else "",
         heat=_heat(probed, numbers),
+        effects=_effects(probed, numbers),
+        first=next(iter(probed.config.models)),
         categories=[OVERALL, *numbers.categories],
         tables=found[1:],
         accuracy=found[0],
         notes=notes(probed),
         gallery=_gallery(probed, pictures),
+        shown=SHOWN,
         left_out=pictures.left_out,
         config=to_yaml(probed.config),
         manifest=manifest,
@@ -113,8 +116,39 @@ def _heat(probed: Probed, numbers: Numbers) -> list[dict[str, Any]]:
     return found
 
 
-def _gallery(probed: Probed, pictures: Pictures) -> list[dict[str, Any]]:
-    """Failures, a few of each category and style, models side by side."""
+def _effects(probed: Probed, numbers: Numbers) -> list[dict[str, Any]]:
+    """As `_heat`, of differences to the first model; `tone` says which way they go."""
+    found = []
+    for model in list(probed.config.models)[1:]:
+        rows = []
+        for style in probed.config.styles:
+            cells = []
+            for category in (OVERALL, *numbers.categories):
+                paired = numbers.changed.get((model, style, category))
+                value = 0.0 if paired is None else 100 * paired.difference.value
+                cells.append(
+                    {
+                        "share": min(100, round(2 * abs(value))),
+                        "tone": "fell" if value < 0 else "rose",
+                        "text": "" if paired is None else _points(value),
+                        "kept": 0 if paired is None else f"{100 * paired.kept:.0f}",
+                    }
+                )
+            rows.append((style, cells))
+        found.append({"model": model, "rows": rows})
+    return found
+
+
+def _points(value: float) -> str:
+    text = f"{value:+.0f}"
+    return "0" if float(text) == 0 else text.replace("-", "−")
+
+
+def _gallery(probed: Probed, pictures: Pictures) -> dict[str, list[dict[str, Any]]]:
+    """Style -> failures, a few of each category, models side by side.
+
+    Those at which models differ come first.
+    """
     from PIL import Image
 
     known = {item.id: item for item in probed.items.items}
@@ -122,8 +156,8 @@ def _gallery(probed: Probed, pictures: Pictures) -> list[dict[str, Any]]:
     for outcome in probed.outcomes:
         by_key.setdefault((outcome.style, outcome.item), {})[outcome.client] = outcome
     seen: dict[tuple[str, str], int] = {}
-    found = []
-    for (style, name), outcomes in by_key.items():
+    found: dict[str, list[dict[str, Any]]] = {style: [] for style in probed.config.styles}
+    for (style, name), outcomes in sorted(by_key.items(), key=lambda one: _agree(one[1])):
         item = known[name]
         key = style, item.category
         if all(o.right for o in outcomes.values()) or seen.get(key, 0) >= SHOWN:
@@ -133,10 +167,9 @@ def _gallery(probed: Probed, pictures: Pictures) -> list[dict[str, Any]]:
             continue
         seen[key] = seen.get(key, 0) + 1
         images = [Image.open(io.BytesIO(data)) for data in sent.images]
-        found.append(
+        found[style].append(
             {
                 "id": name,
-                "style": style,
                 "category": item.category,
                 "uris": [uri for image in images if (uri := pictures.uri(image))],
                 "text": sent.text,
@@ -145,7 +178,11 @@ def _gallery(probed: Probed, pictures: Pictures) -> list[dict[str, Any]]:
                 "replies": _replies(list(outcomes.values())),
             }
         )
-    return found
+    return {style: failures for style, failures in found.items() if failures}
+
+
+def _agree(outcomes: Mapping[str, Outcome]) -> bool:
+    return len({bool(o.right) for o in outcomes.values()}) == 1
 
 
 def _replies(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -50,13 +50,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Paired:
-    """A style against "simple" on the items that both answered.
+    """A style against "simple", or a model against the first one, on the items that both answered.
 
     Attributes:
         n: such items.
         difference: of accuracy, with its paired interval.
-        better, worse: items right in this style alone, and in "simple" alone.
+        better, worse: items right now alone, and then alone.
         p: McNemar's exact two-sided test.
+        kept: share of items with the same answer, right or wrong; a reply of which nothing could
+            be made is its own answer.
     """
 
     n: int
@@ -64,6 +66,7 @@ class Paired:
     better: int
     worse: int
     p: float
+    kept: float
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def paired(
     better = int(((now == 1) & (before == 0)).sum())
     worse = int(((now == 0) & (before == 1)).sum())
     difference = _accuracy(items, both, now, before)
-    return Paired(len(both), difference, better, worse, mcnemar(better, worse))
+    kept = sum(_said(o) == _said(then[o.item]) for o in both) / len(both)
+    return Paired(len(both), difference, better, worse, mcnemar(better, worse), kept)
 
 
 def together(items: Mapping[str, Item], outcomes: Sequence[Outcome]) -> Together:
@@ -175,6 +179,10 @@ def mcnemar(better: int, worse: int) -> float:
         return 1.0
     tail = sum(comb(n, k) for k in range(min(better, worse) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def _said(outcome: Outcome) -> str:
+    return outcome.reply if outcome.answer is None else outcome.answer
 
 
 def _truth(item: Item) -> str:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 from mmtune.probe.scores import OVERALL, Cell, Paired, Together, cell, paired, pope_cell, together
 
 if TYPE_CHECKING:
-    from mmtune.probe.outcomes import Outcome
     from mmtune.probe.running import Probed
     from mmtune.tasks.base import Metric
 
-NOTHING = ""
+NOTHING, KEPT = "", "answers kept, %"
 Key = tuple[str, str, str]  # model, style, category
 
 
@@ -24,8 +23,7 @@ class Numbers:
     Attributes:
         cells: of each model, style and category, and of all categories together.
         styles: (model, style) -> the style against "simple" of the same model.
-        changed: (model, category) -> the model against the first one in the plain style: "simple",
-            or where that was not asked, the first style.
+        changed: (model, style, category) -> the model against the first one.
         together: (model, style) -> what items of a pair have to do with each other.
         categories: in the order of the items.
         pope: (model, style) -> as POPE's own script counts; empty for items in another format.
@@ -33,7 +31,7 @@ class Numbers:
 
     cells: Mapping[Key, Cell]
     styles: Mapping[tuple[str, str], Paired]
-    changed: Mapping[tuple[str, str], Paired]
+    changed: Mapping[Key, Paired]
     together: Mapping[tuple[str, str], Together]
     categories: Sequence[str]
     pope: Mapping[tuple[str, str], Cell]
@@ -44,30 +42,25 @@ def numbers_of(probed: Probed) -> Numbers:
     items = {item.id: item for item in probed.items.items}
     categories = list(dict.fromkeys(item.category for item in probed.items.items))
     asked = probed.config.styles
-    plain = "simple" if "simple" in asked else asked[0]
     cells: dict[Key, Cell] = {}
-    styles, changed, pairs, pope = {}, {}, {}, {}
+    changed: dict[Key, Paired] = {}
+    styles, pairs, pope = {}, {}, {}
     first = next(iter(probed.config.models))
-
-    def within(category: str, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        return [o for o in outcomes if category in (OVERALL, items[o.item].category)]
-
     for model in probed.config.models:
         for style in asked:
             outcomes = probed.of(model, style)
             for category in (OVERALL, *categories):
-                cells[model, style, category] = cell(items, within(category, outcomes))
+                key = model, style, category
+                some = [o for o in outcomes if category in (OVERALL, items[o.item].category)]
+                cells[key] = cell(items, some)
+                if model != first and (found := paired(items, some, probed.of(first, style))):
+                    changed[key] = found
             pairs[model, style] = together(items, outcomes)
             if probed.config.items.format == "pope":
                 pope[model, style] = pope_cell(items, outcomes)
             if style != "simple" and "simple" in asked:
                 found = paired(items, outcomes, probed.of(model, "simple"))
                 styles |= {(model, style): found} if found else {}
-        if model != first:
-            for category in (OVERALL, *categories):
-                now, then = (within(category, probed.of(m, plain)) for m in (model, first))
-                found = paired(items, now, then)
-                changed |= {(model, category): found} if found else {}
     return Numbers(cells, styles, changed, pairs, categories, pope)
 
 
@@ -86,15 +79,24 @@ def difference_rows(numbers: Numbers) -> tuple[list[str], list[list[str]]]:
     """What each style changes against "simple" on the same items, by McNemar's test."""
     header = ["model", "style", "n", "difference", "right in it alone", "in simple alone", "p"]
     rows = [[model, style, *_paired(found)] for (model, style), found in numbers.styles.items()]
-    return header, rows
+    return [*header, KEPT], rows
 
 
 def effect_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[list[str]]]:
-    """What a fine-tune or an edit changed elsewhere: each model against the first one."""
-    first = next(iter(probed.config.models))
-    header = ["model", "category", "n", f"difference to {first}", "gained", "lost", "p"]
-    rows = [[model, category, *_paired(p)] for (model, category), p in numbers.changed.items()]
-    return header, rows
+    """What a fine-tune or an edit changed elsewhere: each model against the first one.
+
+    All items in every style, and the categories in the plain one ("simple", or the first where that
+    was not asked); `Numbers.changed` has the rest.
+    """
+    first, styles = next(iter(probed.config.models)), probed.config.styles
+    plain = "simple" if "simple" in styles else styles[0]
+    header = ["model", "style", "category", "n", f"difference to {first}", "gained", "lost", "p"]
+    rows = [
+        [*key, *_paired(found)]
+        for key, found in numbers.changed.items()
+        if key[1] == plain or key[2] == OVERALL
+    ]
+    return [*header, KEPT], rows
 
 
 def behaviour_rows(probed: Probed, numbers: Numbers) -> tuple[list[str], list[list[str]]]:
@@ -130,7 +132,8 @@ def notes(probed: Probed) -> list[str]:
     found = [
         "Accuracy in percent with 95 % bootstrap intervals over images; a reply of which nothing "
         "could be made counts as wrong, a request that failed does not count.",
-        "Differences are paired, over the items that both answered; p is McNemar's exact test.",
+        "Differences are paired, over the items that both answered; p is McNemar's exact test, not "
+        "corrected for the number of rows. Answers kept are the same, right or wrong.",
         "Parsers: " + "; ".join(sorted({o.parser for o in probed.outcomes if o.parser})) + ".",
     ]
     if probed.config.items.format == "pope":
@@ -160,7 +163,8 @@ def _accuracy(metric: Metric | None) -> str:
 def _paired(found: Paired) -> list[str]:
     d = found.difference
     text = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-    return [str(found.n), text, str(found.better), str(found.worse), f"{found.p:.3g}"]
+    counts = [str(found.better), str(found.worse)]
+    return [str(found.n), text, *counts, f"{found.p:.3g}", f"{100 * found.kept:.1f}"]
 
 
 def _percent(share: float | None) -> str:

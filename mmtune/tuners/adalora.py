@@ -23,7 +23,7 @@ NOMINAL_STEPS = 1000
 
 @dataclass
 class AdaLoraOptions:
-    """AdaLoRA's settings.
+    """AdaLoRA: updates of low rank, whose ranks move to the weights where they matter most.
 
         W x + (alpha / init_rank) P diag(lambda) Q x
 

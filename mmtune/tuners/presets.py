@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoraOptions:
-    """LoRA's settings.
+    """LoRA: an update of low rank beside each chosen weight, which stays as it is.
 
         W x + (alpha / rank) B A x,    A [rank, d_in] drawn, B [d_out, rank] zero at the start
 

@@ -19,7 +19,7 @@ NAME = "QLORA"
 
 @dataclass
 class QLoraOptions(LoraOptions):
-    """QLoRA's settings: LoRA's with the paper's rank, and how the base is held.
+    """QLoRA: LoRA with the paper's rank, beside weights that are held in four bits.
 
         NF4(W) x + (alpha / rank) B A x,    A [rank, d_in] drawn, B [d_out, rank] zero at the start
 

@@ -55,7 +55,6 @@ def serve(made: gr.Blocks, host: str, port: int) -> tuple[str, Callable[[], None
     Raises:
         PageProblem: the port is taken.
     """
-    fonts = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Roboto", "sans-serif")]
     # Gradio asks its own page whether it is there; a proxy is for other machines.
     os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), host)))
     try:
@@ -71,7 +70,7 @@ def serve(made: gr.Blocks, host: str, port: int) -> tuple[str, Callable[[], None
             run_history=False,
             pwa=False,
             footer_links=[],
-            theme=gr.themes.Default(primary_hue="blue", font=fonts),
+            theme=_theme(),
             css_paths=STYLE,
         )
     except OSError as error:
@@ -79,6 +78,19 @@ def serve(made: gr.Blocks, host: str, port: int) -> tuple[str, Callable[[], None
             f"the page cannot be shown at {host}:{port} ({error}). Choose another port with --port."
         ) from None
     return url, made.block_thread
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's own, with the machine's fonts, and greys and blues that can be read (4.5 : 1)."""
+    fonts = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Roboto", "sans-serif")]
+    return gr.themes.Default(primary_hue="blue", font=fonts).set(
+        body_text_color_subdued="*neutral_500",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        color_accent="*primary_600",  # style.css has that of the dark page
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
 
 
 def _free_port(host: str) -> int:

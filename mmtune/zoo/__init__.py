@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,12 +72,32 @@ def editor_path(name: str) -> Path:
         ZooError: no such model or editor; the message lists those there are.
     """
     model, _, editor = name.partition("/")
-    folder = model_path(model) / "editors"
-    known = sorted(path.parent.name for path in folder.glob("*/editor.json"))
-    if editor not in known:
-        have = ", ".join(f"{model}/{one}" for one in known) or "none"
+    known = trained_editors(model)
+    if name not in known:
+        have = ", ".join(known) or "none"
         raise ZooError(f"the zoo has no trained editor {name!r}; it has {have}")
-    return folder / editor
+    return model_path(model) / "editors" / editor
+
+
+def summary(name: str) -> str:
+    """What a shipped model is, in the words with which its card begins.
+
+    Raises:
+        ZooError: no such model; the message lists those there are.
+    """
+    card = (model_path(name) / "README.md").read_text(encoding="utf-8")
+    text = " ".join(card.split("\n\n")[1].split())
+    return re.split(r"[:,]", text)[0]
+
+
+def trained_editors(name: str) -> list[str]:
+    """The editors that ship trained for a model, such as "tiny-llava/mend".
+
+    Raises:
+        ZooError: no such model; the message lists those there are.
+    """
+    folder = model_path(name) / "editors"
+    return sorted(f"{name}/{path.parent.name}" for path in folder.glob("*/editor.json"))
 
 
 def flavours(name: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -234,6 +235,55 @@ def test_popes_own_numbers_stand_beside_ours(config, told, tmp_path):
     (ours,) = by_title["How they answer"]
     assert ours[4:6] == ["100.0", "0.0"]  # not understood, and no yes
     assert any("POPE's own script" in note for note in notes(found))
+
+
+def test_effects_of_an_edit_are_told_by_style_and_category(config, tmp_path, monkeypatch):
+    """One model says yes, the edited one says no in the plain style alone."""
+    from contextlib import contextmanager
+
+    from mmtune.probe.page import render_page
+
+    @contextmanager
+    def client_of(name, options):
+        plain = "Answer yes or no."
+        yield Told(lambda sent: "no" if name == "edited" and plain in sent.text
+                   and not sent.examples and "Look at" not in sent.text else "yes")  # fmt: skip
+
+    monkeypatch.setattr(running, "client_of", client_of)
+    models = "models={told: {model: {name: none}}, edited: {model: {name: none}}}"
+    found = probe(load_probe_config(config, [models]), tmp_path / "runs")
+    numbers = numbers_of(found)
+    changed = {key: (p.n, p.better, p.worse, p.kept) for key, p in numbers.changed.items()}
+    assert changed["edited", "simple", "all"] == (6, 3, 3, 0)
+    assert changed["edited", "simple", "x"] == (3, 2, 1, 0)
+    assert changed["edited", "few-shot", "y"] == (3, 0, 0, 1)
+    assert len(changed) == 4 * 3
+    (rows,) = [rows for title, _, rows in tables(found, numbers) if title == "What a model changes"]
+    assert [row[:3] for row in rows] == [
+        ["edited", "simple", "all"], ["edited", "simple", "x"], ["edited", "simple", "y"],
+        *(["edited", style, "all"] for style in ("referring", "reasoning", "few-shot")),
+    ]  # fmt: skip
+    page = render_page(found, numbers, tmp_path / "runs/mine")
+    assert "What changed against told" in page
+    assert page.count("% kept") == 4 * 3
+
+
+def test_failures_at_which_models_differ_are_shown_first(config, tmp_path, monkeypatch):
+    from contextlib import contextmanager
+
+    from mmtune.probe.page import render_page
+
+    @contextmanager
+    def client_of(name, options):
+        yield Told(lambda sent: next(answers), batch=1)
+
+    models = "models={told: {model: {name: none}}, edited: {model: {name: none}}}"
+    answers = iter(["maybe"] * 6 + ["maybe", "maybe", "no", "maybe", "maybe", "yes"])
+    monkeypatch.setattr(running, "client_of", client_of)
+    found = probe(load_probe_config(config, [models, "styles=[simple]"]), tmp_path / "runs")
+    page = render_page(found, numbers_of(found), tmp_path / "runs/mine")
+    shown = re.findall(r'<span class="soft small">(\d)</span>', page)
+    assert shown == ["2", "5", "0", "1", "3", "4"]
 
 
 def test_every_mistake_is_told(tmp_path):

@@ -64,7 +64,19 @@ def test_pairs_are_of_items_that_both_answered():
     found = paired(items, now, then)
     assert (found.n, found.better, found.worse) == (3, 1, 1)
     assert found.difference.value == 0
+    assert found.kept == 2 / 3  # b and c, of which only b counts as right twice
     assert paired(items, now, []) is None
+
+
+def test_replies_that_say_nothing_are_kept_where_they_are_the_same():
+    items = {n: item(n, image=f"{n}.png") for n in "abc"}
+    now = [
+        Outcome("m", "simple", n, "q", "d", r, right=0) for n, r in zip("abc", "xyz", strict=True)
+    ]
+    then = [
+        Outcome("m", "simple", n, "q", "d", r, right=0) for n, r in zip("abc", "xyw", strict=True)
+    ]
+    assert paired(items, now, then).kept == 2 / 3
 
 
 def test_groups():

@@ -8,7 +8,7 @@ from mmtune.probe.config import ItemOptions, ProbeConfig
 from mmtune.probe.outcomes import Outcome
 from mmtune.probe.running import Probed
 from mmtune.probe.styles import StyleOptions
-from mmtune.probe.tables import numbers_of
+from mmtune.probe.tables import effect_rows, numbers_of
 from tests.probe.sets import item, item_set
 
 
@@ -33,7 +33,7 @@ def probed(folder, styles, right):
 
 
 @pytest.mark.parametrize("styles", [("few-shot", "simple"), ("few-shot", "reasoning")])
-def test_a_models_change_is_counted_in_the_plain_style(styles, tmp_path):
+def test_a_models_change_is_counted_by_style_and_shown_in_the_plain_one(styles, tmp_path):
     plain = "simple" if "simple" in styles else "few-shot"
     (other,) = set(styles) - {plain}
     right = {
@@ -42,9 +42,21 @@ def test_a_models_change_is_counted_in_the_plain_style(styles, tmp_path):
         ("old", other): (0, 0, 0, 0),
         ("new", other): (1, 1, 1, 1),
     }
-    numbers = numbers_of(probed(tmp_path, styles, right))
+    asked = probed(tmp_path, styles, right)
+    numbers = numbers_of(asked)
     found = {key: (p.n, p.better, p.worse) for key, p in numbers.changed.items()}
-    assert found == {("new", "all"): (4, 1, 2), ("new", "x"): (2, 0, 2), ("new", "y"): (2, 1, 0)}
+    assert found == {
+        ("new", plain, "all"): (4, 1, 2),
+        ("new", plain, "x"): (2, 0, 2),
+        ("new", plain, "y"): (2, 1, 0),
+        ("new", other, "all"): (4, 4, 0),
+        ("new", other, "x"): (2, 2, 0),
+        ("new", other, "y"): (2, 2, 0),
+    }
+    _, rows = effect_rows(asked, numbers)
+    shown = {(plain, "all"), (plain, "x"), (plain, "y"), (other, "all")}
+    assert {(row[1], row[2]) for row in rows} == shown
+    assert len(rows) == len(shown)
 
 
 def test_every_category_has_its_own_cells(tmp_path):

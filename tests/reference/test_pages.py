@@ -100,3 +100,17 @@ def test_the_table_of_editors(capsys):
     assert cli.main(["list", "editors"]) == 0
     printed = capsys.readouterr().out
     assert all(f"│ {name} " in printed for name in editors())
+
+
+def test_the_table_of_backbones_says_what_ships_and_what_can_be_edited(capsys):
+    from mmtune import zoo
+    from tests.editing.tiny import MODELS, NEWER, stock
+
+    assert cli.main(["list", "backbones"]) == 0
+    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines()]
+    cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+    edited = {name for name, rest in cells.items() if rest[-1:] == ["yes"]}
+    assert edited == {stock(name)[1].family for name in (*MODELS, *NEWER)}
+    for name in ("tiny-llava", "tiny-llava/mend", "tiny-diffusion", "tiny-clip"):
+        assert f"zoo:{name}" in cells
+    assert zoo.summary("tiny-clip") == "A CLIP of 8.3 M parameters for drawings of 96 px"

@@ -27,6 +27,34 @@ ROOT = Path(__file__).resolve().parents[2]
 WAIT = 60_000  # milliseconds; a browser and a server may share one core with other tests
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 NAMES = ("a", "b", "c", "d", "e", "f")
+# Texts, values and placeholders with less contrast than WCAG's 4.5 : 1, disabled buttons left out.
+UNREADABLE = """() => {
+  const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
+  const rgba = (text) => [numbers(text).slice(0, 3), numbers(text)[3] ?? 1];
+  const over = ([front, alpha], back) => back.map((x, i) => x * (1 - alpha) + front[i] * alpha);
+  const light = (colour) => colour.map((x) => x / 255)
+    .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+  const parents = (e) => (e ? [e, ...parents(e.parentElement)] : []);
+  const found = [];
+  const check = (e, text, pseudo) => {
+    const all = parents(e), back = all.map((p) => rgba(getComputedStyle(p).backgroundColor))
+      .reduceRight((under, layer) => over(layer, under), [255, 255, 255]);
+    const [front, alpha] = rgba(getComputedStyle(e, pseudo).color);
+    const opacity = all.reduce((product, p) => product * getComputedStyle(p).opacity, alpha);
+    const [a, b] = [light(over([front, opacity], back)), light(back)];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) found.push(`${ratio.toFixed(2)}: ${text.trim().slice(0, 60)}`);
+  };
+  for (const e of document.querySelectorAll("body *")) {
+    if (!e.checkVisibility() || e.closest(":disabled")) continue;
+    const own = [...e.childNodes].filter((n) => n.nodeType === 3).map((n) => n.data).join("");
+    if (own.trim()) check(e, own);
+    if (e.value && !e.matches("[type=radio], [type=range]")) check(e, e.value);
+    if (e.placeholder) check(e, e.placeholder, "::placeholder");
+  }
+  return found;
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +230,32 @@ def test_an_edit_is_made_and_undone(page, folder):
     assert [row[:3] for row in undone] == edited
     assert [row[3] for row in undone] == said
     assert page.locator("#undo").is_disabled()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_can_be_read(address, browser, folder, theme):
+    with browser.new_context(viewport=DESK) as context:
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.goto(f"{address}?__theme={theme}")
+        page.get_by_text("Features of 6 pictures are computed").wait_for()
+        page.fill("#query textarea", "a yellow lion")
+        page.press("#query textarea", "Enter")
+        found(page, 1)
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(500)  # colours fade into each other
+        assert page.evaluate(UNREADABLE) == []
+        page.screenshot(path=folder / f"search-{theme}.png", full_page=True)
+        page.get_by_role("tab", name="Edit").click()
+        page.click("#edit")
+        page.get_by_text("Choose a picture, or upload one").wait_for()
+        page.wait_for_timeout(500)
+        assert page.evaluate(UNREADABLE) == []
+        file = folder / f"edit-{theme}.png"
+        page.screenshot(path=file, full_page=True)
+        with Image.open(file) as picture:
+            background = max(picture.convert("RGB").resize((64, 64)).getcolors(64 * 64))[1]
+        assert (sum(background) > 382) == (theme == "light")
 
 
 def test_an_adapter_of_another_model_is_told_in_the_page(folder, browser):
