@@ -248,11 +248,15 @@ def test_siblings_called_with_other_tokens_compute_alone():
 
 def test_a_copy_has_siblings_of_its_own():
     model = adapted("materialise")
+    step(model)
+    layer = next(m for m in model.modules() if isinstance(m, AuroraLinear))
+    layer(torch.randn(2, 5, layer.in_features).double())  # its siblings' outputs wait
     copied = copy.deepcopy(model)
     theirs = {id(m) for m in copied.modules()}
     for m in copied.modules():
         if isinstance(m, AuroraLinear):
             assert {id(one) for one in m.siblings.members} <= theirs
+            assert {id(one) for one in m.rounds.layers} <= theirs
     assert torch.equal(step(copied)[0], step(model)[0])
 
 
@@ -487,3 +491,23 @@ def test_a_plan_is_made_anew_where_adapters_act_in_another_way():
     layer.unmerge()
     layer.linear.weight.data = layer.linear.weight.data.float()
     assert len(rounds._planned().stacks) == len(plan.stacks) + 1
+
+
+def test_few_tokens_without_gradients_compute_no_update(monkeypatch):
+    model = adapted("auto")
+    rounds = next(m for m in model.modules() if isinstance(m, AuroraLinear)).rounds
+    calls = []
+    stock = rounds._compute
+    monkeypatch.setattr(rounds, "_compute", lambda: calls.append(1) or stock())
+    inputs = images_and_texts(0, 3)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    few = {key: value[:1] for key, value in inputs.items()}
+    few["input_ids"] = few["input_ids"][:, :3]
+    few.pop("attention_mask", None)
+    with torch.no_grad():
+        model(**few)
+        assert not calls
+        model(**inputs)
+    assert calls == [1]
+    model(**few)  # checkpointing might compute again what asks first
+    assert calls == [1, 1]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, Blocks, ModeFactors, mixers
 from mmtune.tuners.aurora.node import computing_dtype
-from mmtune.tuners.aurora.rounds import Rounds
+from mmtune.tuners.aurora.rounds import Known, Rounds
 from mmtune.tuners.aurora.siblings import Siblings
 from mmtune.tuners.aurora.stacks import Stack
 
@@ -106,19 +106,21 @@ class AuroraLinear(nn.Module, AuroraLayer):
             rank,
             config.alpha,
             config.block_layout == "interleaved",
-            config.compute if config.forms() else "separate",
+            config.compute if self._can_form(config) else "separate",
         )
         return made
 
+    def _can_form(self, config: AuroraConfig) -> bool:
+        whole = config.compute == "materialise" or self.linear.weight.is_floating_point()
+        return config.forms() and whole
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        known = self.rounds.known(self)
+        known = self._known(x)
         if known is None and self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        added = self.added() if known is None else known.added
-        if added and self._few(x) and (always := self.added(always=True)) != added:
-            added, known = always, None
+        added = self.added(self._few(x)) if known is None else known.added
         if added:
             y = self.siblings.output(self, x, added, known and known.update)
         else:
@@ -127,6 +129,14 @@ class AuroraLinear(nn.Module, AuroraLayer):
             if name not in added:
                 y = y + self._token_delta(name, x).to(y.dtype)
         return y
+
+    def _known(self, x: Tensor) -> Known | None:
+        """What is known of this pass; None where "auto" makes these tokens too few for it."""
+        if not self._few(x):
+            return self.rounds.known(self)
+        added = self.added(few=True)
+        known = self.rounds.known(self) if added else None
+        return known if known is not None and known.added == added else None
 
     def _few(self, x: Tensor) -> bool:
         """Whether forming dW = L R multiplies more numbers than applying R and L to tokens."""
@@ -139,9 +149,9 @@ class AuroraLinear(nn.Module, AuroraLayer):
         """Adapters that act and are not in the weight already."""
         return [] if self.merged else self.acting("aurora_modes")
 
-    def added(self, always: bool = False) -> list[str]:
-        """Active adapters whose update is added to the weight; `always`, for few tokens too."""
-        kinds = ("materialise",) if always else ("materialise", "auto")
+    def added(self, few: bool = False) -> list[str]:
+        """Active adapters whose update is added to the weight, for `few` tokens or for many."""
+        kinds = ("materialise",) if few else ("materialise", "auto")
         return [name for name in self.active() if self.aurora_placed[name].compute in kinds]
 
     def _token_delta(self, name: str, x: Tensor) -> Tensor:

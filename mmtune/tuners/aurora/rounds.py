@@ -101,8 +101,13 @@ class Rounds:
         self._plan: tuple[object, Plan] | None = None  # and the state for which it was made
         self._known: dict[int, Known] = {}
         self._stacks: list[Stack] = []
-        self._open = False
+        self._open = self._late = False
         self._handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no forward pass."""
+        fresh = {"_plan": None, "_known": {}, "_stacks": [], "_open": False, "_late": False}
+        return {**vars(self), **fresh}
 
     def watch(self, model: nn.Module) -> None:
         """Begin a round with each forward pass of a model, once however often it is called."""
@@ -120,6 +125,8 @@ class Rounds:
 
     def known(self, layer: AuroraLinear) -> Known | None:
         """What is known of a layer in this pass, or in its recomputation."""
+        if self._late:
+            self._compute()
         if self._open or (self._known and _recomputing()):
             return self._known.get(id(layer))
         return None
@@ -127,6 +134,13 @@ class Rounds:
     def _begin(self, model: nn.Module, args: Any) -> None:
         self._known.clear()
         self._open = True
+        # Without gradients there is time until a layer asks; few tokens may ask for nothing.
+        self._late = not torch.is_grad_enabled()
+        if not self._late:
+            self._compute()
+
+    def _compute(self) -> None:
+        self._late = False
         plan = self._planned()
         self._stacks = [units[0][0].stack(name, units, whole=True) for name, units in plan.stacks]
         for unit in plan.units:
@@ -142,7 +156,7 @@ class Rounds:
         return self._plan[1]
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._open = False
+        self._open = self._late = False
         for stack in self._stacks:
             stack.close()
         self._stacks = []

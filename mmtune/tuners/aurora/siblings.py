@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -30,6 +30,10 @@ class Siblings:
         self.members: list[AuroraLinear] = []
         self._tokens: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing waits for the members of a copy."""
+        return {**vars(self), "_tokens": None, "_waiting": {}}
 
     def group(self, member: AuroraLinear, names: Sequence[str]) -> list[AuroraLinear]:
         """The members that compute together with one whose adapters `names` join its weight."""
