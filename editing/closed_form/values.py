@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -30,6 +30,7 @@ from editing.edits import intercept
 from editing.ranges import NotNegative, Positive
 from editing.requests import EditRequest, Probe
 from mmtune.backbones.generation import log_probabilities
+from mmtune.replayed import Steps
 
 if TYPE_CHECKING:
     from editing.batches import Batch, Part
@@ -80,12 +81,23 @@ class Contexts:
     plain: Tensor
     essence: Tensor
 
+    @cached_property
+    def essences(self) -> Tensor:
+        """Numbers of those rows."""
+        return self.essence.nonzero()[:, 0]
+
+    @cached_property
+    def _asked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of the other rows, their requests', and how many each request has."""
+        rows = (~self.essence).nonzero()[:, 0]
+        owners = self.owner[rows]
+        return rows, owners, torch.bincount(owners)
+
     def mean(self, rows: Tensor) -> Tensor:
         """[m, d] mean of rows [n, d] over each request's contexts, its essence left out."""
-        asked = ~self.essence
-        count = torch.bincount(self.owner[asked]).to(rows)
+        asked, owners, count = self._asked
         total = rows.new_zeros(len(count), rows.shape[1])
-        return total.index_add_(0, self.owner[asked], rows[asked]) / count[:, None]
+        return total.index_add_(0, owners, rows[asked]) / count.to(rows)[:, None]
 
 
 class _InContext(Interceptor):
@@ -219,25 +231,39 @@ def values_of(
     norm = before.norm(dim=1, keepdim=True).clamp(min=1e-12)
     unit = norm / before.shape[1] ** 0.5
     free = torch.zeros_like(before, requires_grad=True)  # the shift in units of `unit`
-    optimiser = torch.optim.Adam([free], lr=options.lr)
+    going = torch.ones(len(before), dtype=torch.bool, device=before.device)
+    cuda = free.is_cuda
+    optimiser = torch.optim.Adam([free], lr=options.lr, fused=cuda or None, capturable=cuda)
     losses = _losses(mllm, asked, site, weights, options)
-    steps = [0] * len(before)
-    with torch.enable_grad():
-        for step in range(options.steps + 1):
+    steps, step = [0] * len(before), 0
+
+    def gradients() -> Tensor:
+        with torch.enable_grad():
             shift = free * unit
             each = losses(shift) + options.decay * (shift / norm).square().sum(1)
-            going = each.detach() >= options.enough
-            if step == options.steps or not bool(going.any()):
+            going.copy_(each.detach() >= options.enough)
+            if step < options.steps and bool(going.any()):
+                (free.grad,) = torch.autograd.grad(each.sum(), free)
+        return torch.cat([each.detach(), going.to(each)])
+
+    @torch.no_grad()
+    def update() -> None:
+        kept = free.detach().clone()
+        optimiser.step()
+        size = (free * unit).norm(dim=1, keepdim=True)
+        free.mul_((options.clamp * norm / size.clamp(min=1e-12)).clamp(max=1))
+        free.copy_(torch.where(going[:, None], free, kept))
+
+    with Steps(gradients, update, before.device) as taken:
+        while True:
+            numbers = taken.gradients()
+            on = numbers[len(before) :]
+            if step == options.steps or not any(on):
                 break
-            (free.grad,) = torch.autograd.grad(each.sum(), free)
-            kept = free.detach().clone()
-            optimiser.step()
-            with torch.no_grad():
-                size = (free * unit).norm(dim=1, keepdim=True)
-                free.mul_((options.clamp * norm / size.clamp(min=1e-12)).clamp(max=1))
-                free.copy_(torch.where(going[:, None], free, kept))
-            steps = [n + int(on) for n, on in zip(steps, going.tolist(), strict=True)]
-    return Values(shift.detach(), before, each.tolist(), steps)
+            taken.update()
+            steps = [n + int(more) for n, more in zip(steps, on, strict=True)]
+            step += 1
+    return Values((free * unit).detach(), before, numbers[: len(before)], steps)
 
 
 def _losses(
@@ -248,7 +274,8 @@ def _losses(
     options: ValueOptions,
 ) -> Callable[[Tensor], Tensor]:
     """Shift [m, d] -> [m]: -log p of each target, mean over its contexts, and the essence's KL."""
-    batch, essence = asked.batch, asked.essence
+    batch, essence = asked.batch, asked.essences
+    owners = asked.owner[essence]
     at = _at(mllm, asked, site)
 
     def scores(shift: Tensor | None) -> Tensor:
@@ -267,7 +294,7 @@ def _losses(
         return rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
 
     with torch.no_grad():
-        had = first(scores(None)) if bool(essence.any()) else None
+        had = first(scores(None)) if len(essence) else None
 
     def losses(shift: Tensor) -> Tensor:
         logits = scores(shift)
@@ -277,7 +304,7 @@ def _losses(
         if had is None:
             return found
         moved = (had.exp() * (had - first(logits))).sum(-1)
-        return found.index_add(0, asked.owner[essence], (options.kl * moved).to(found))
+        return found.index_add(0, owners, (options.kl * moved).to(found))
 
     return losses
 

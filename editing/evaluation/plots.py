@@ -101,4 +101,5 @@ def _curves(name: str, key: Key, rows: Sequence[RowSummary]) -> str:
             borderaxespad=0,
         )
 
-    return drawing(f"{name}, %", (5.2, 2.8), draw)
+    # As high as what stands beside it: a legend is 0.2 inches a line.
+    return drawing(f"{name}, %", (5.2, max(2.8, 0.6 + 0.2 * len(by_name))), draw)

@@ -22,6 +22,7 @@ from editing.regions import Region, RegionName, parameters_of
 from editing.weight_edits import WeightEdit
 from mmtune.backbones.base import SiteError
 from mmtune.backbones.generation import log_probabilities
+from mmtune.replayed import Steps
 
 if TYPE_CHECKING:
     from editing.batches import Batch
@@ -79,7 +80,13 @@ class LoraOptions(FineTuneOptions):
 
 
 class _Editing(Editor):
-    """Steps of AdamW on the mean of -log p over the targets' tokens, averaged over requests."""
+    """Steps of AdamW on the mean of -log p over the targets' tokens, averaged over requests.
+
+    Attributes:
+        replays: whether steps on a CUDA device are replayed where they can be, see `Steps`.
+    """
+
+    replays: bool = True
 
     @abstractmethod
     def factors(
@@ -103,22 +110,43 @@ class _Editing(Editor):
             lr=self.settings.lr,
             weight_decay=self.settings.weight_decay,
             fused=leaves[0].is_cuda or None,
+            capturable=leaves[0].is_cuda,
         )
         size = self.settings.batch_size
         parts = [requests[i : i + size] for i in range(0, len(requests), size)]
         batches = [mllm.cached(mllm.batch(part), weights) for part in parts]
-        steps = 0
-        while True:
-            with torch.enable_grad():
-                loss, said = self._gradients(mllm, batches, weights, trained, len(requests))
-            if said or steps == self.settings.steps:
-                break
-            optimiser.step()
+        scores: list[Tensor] = []  # of each batch, in the last pass
+
+        def gradients() -> Tensor:
             optimiser.zero_grad()
+            with torch.enable_grad():
+                found = [
+                    self._gradients(mllm, batch, self._edited(weights, trained), len(requests))
+                    for batch in batches
+                ]
+            scores[:] = [logits for logits, *_ in found]
+            return torch.stack([loss for _, loss, _ in found] + [hit for *_, hit in found])
+
+        def update() -> None:
+            optimiser.step()
             with torch.no_grad():
                 for part in trained.values():
                     self.after_step(part)
-            steps += 1
+
+        steps, loss = 0, 0.0
+        with Steps(gradients, update, leaves[0].device, self.replays) as taken:
+            while True:
+                numbers = taken.gradients()
+                loss = _total(numbers[: len(batches)])
+                # Likeliest tokens alone are not written, see `MLLM.answers`.
+                said = all(numbers[len(batches) :]) and all(
+                    self._says(mllm, batch, logits, weights, trained)
+                    for batch, logits in zip(batches, scores, strict=True)
+                )
+                if said or steps == self.settings.steps:
+                    break
+                taken.update()
+                steps += 1
         changes = {name: _detached(self.change(part)) for name, part in trained.items()}
         return WeightEdit.of(mllm, changes, {"steps": steps, "loss": loss, "said": said})
 
@@ -127,31 +155,33 @@ class _Editing(Editor):
     ) -> dict[str, Tensor]:
         return {name: self.change(trained[name]).on(weight) for name, weight in weights.items()}
 
+    @staticmethod
     def _gradients(
+        mllm: MLLM, batch: Batch, edited: Mapping[str, Tensor], count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add a batch's gradients to the leaves'.
+
+        Returns:
+            Its scores, its part of the loss, and 1 where every target's tokens are the likeliest.
+        """
+        logits = mllm.answer_logits(batch, edited)
+        logs = log_probabilities(logits, batch.target_ids, batch.target_mask)
+        loss = -(logs.sum(1) / batch.target_mask.sum(1)).sum() / count
+        loss.backward()
+        hit = (logits.argmax(-1) == batch.target_ids) | (batch.target_mask == 0)
+        return logits.detach(), loss.detach(), hit.all().to(loss.dtype)
+
+    @torch.no_grad()
+    def _says(
         self,
         mllm: MLLM,
-        batches: Sequence[Batch],
+        batch: Batch,
+        logits: Tensor,
         weights: Mapping[str, Tensor],
         trained: Mapping[str, Leaves],
-        count: int,
-    ) -> tuple[float, bool]:
-        """The loss, whose gradients are left in the leaves, and whether the targets are written."""
-        total, said = 0.0, True
-        for batch in batches:
-            edited = self._edited(weights, trained)
-            logits = mllm.answer_logits(batch, edited)
-            logs = log_probabilities(logits, batch.target_ids, batch.target_mask)
-            loss = -(logs.sum(1) / batch.target_mask.sum(1)).sum() / count
-            loss.backward()
-            total += float(loss.detach())
-            hit = (logits.argmax(-1) == batch.target_ids) | (batch.target_mask == 0)
-            # Likeliest tokens alone are not written, see `MLLM.answers`.
-            said = said and bool(hit.all()) and self._says(mllm, batch, logits, edited)
-        return total, said
-
-    @staticmethod
-    def _says(mllm: MLLM, batch: Batch, logits: Tensor, weights: Mapping[str, Tensor]) -> bool:
-        return mllm.answers(batch, logits, weights) == mllm.target_texts(batch)
+    ) -> bool:
+        edited = self._edited(weights, trained)
+        return mllm.answers(batch, logits, edited) == mllm.target_texts(batch)
 
 
 class FineTune(_Editing):
@@ -230,6 +260,13 @@ class LoraEdit(_Editing):
     def change(self, leaves: Leaves) -> Change:
         left, right = leaves
         return LowRank(left * (self.settings.alpha / self.settings.rank), right)
+
+
+def _total(losses: Sequence[float]) -> float:
+    total = 0.0
+    for loss in losses:  # in this order, whatever `sum` does
+        total += loss
+    return total
 
 
 def _detached(change: Change) -> Change:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmtune.backbones import unwrapped
 from mmtune.backbones.base import Backbone, PairEmbeddings, forward_through
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor, nn
 
@@ -182,9 +184,9 @@ class Generative(Backbone):
         def tokens(
             stock: Any, pixel_values: Tensor, image_sizes: Tensor | None = None
         ) -> Sequence[Tensor]:
-            sizes = None if image_sizes is None else image_sizes[distinct]
-            found: Any = own(stock, pixel_values[distinct], sizes)
-            return [found[i] for i in order] if isinstance(found, list) else found[order]
+            sizes = None if image_sizes is None else _chosen(image_sizes, distinct)
+            found: Any = own(stock, _chosen(pixel_values, distinct), sizes)
+            return [found[i] for i in order] if isinstance(found, list) else _chosen(found, order)
 
         self.image_tokens = tokens
         try:
@@ -276,6 +278,19 @@ class Generative(Backbone):
             f"{type(self.model).__name__} writes text (answers, captions) and embeds no pairs; "
             f"for retrieval use {self.instead}"
         )
+
+
+def _chosen(rows: Any, numbers: Sequence[int]) -> Any:
+    return rows[_index(tuple(numbers), rows.device)]
+
+
+@lru_cache(maxsize=256)
+def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept: numbers that are sent to a device make the host wait for it."""
+    import torch
+
+    with torch.inference_mode(mode=False):  # passes with gradients use them as well
+        return torch.tensor(numbers, device=device)
 
 
 def _read_of(batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ An edit step is a forward and a backward pass and one step of AdamW on the regio
 
 - naive: every weight has a gradient;
 - truncated: the region's have, and autograd stops there;
-- cached: `MLLM.cached`, the layers above alone.
+- cached: `MLLM.cached`, the layers above alone;
+- replayed: these as a recording that a CUDA device is sent as a whole, and the loss is read.
 
 An evaluation scores the probes of a record before and after an edit: one by one through the whole
 model, as it is published; as one batch; packed, so that the language model, too, reads once what
@@ -35,6 +36,7 @@ from editing.weight_edits import WeightEdit
 from mmtune.bench import script
 from mmtune.bench.random_llava import Size, model_of, probes_of, records_of
 from mmtune.bench.timing import Timing, milliseconds, timed
+from mmtune.replayed import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,7 +57,7 @@ class Measured:
         parameters: of the model.
         region: name of each parameter that is edited -> its shape.
         step: of an edit, by way.
-        edit: a whole edit by fine-tuning, plain and cached.
+        edit: a whole edit by fine-tuning, by way.
         evaluation: of a record, scores alone, by way.
         whole: the same with answers that are written.
         loss_difference: largest |difference| of a probe's -log p, one by one against cached, nats.
@@ -84,18 +86,25 @@ class _Plain(MLLM):
 
 
 def step_times(mllm: MLLM, request: EditRequest, size: Size) -> dict[str, Timing]:
-    """One edit step, in three ways. The weights stay as they are: the learning rate is zero."""
+    """One edit step, in four ways. The weights stay as they are: the learning rate is zero."""
     region = parameters_of(mllm.backbone, REGION)
     plain = mllm.batch([request])
     cached = mllm.cached(plain, region)
+    cuda = mllm.device.type == "cuda"
     optimiser = torch.optim.AdamW(
-        region.values(), lr=0.0, weight_decay=0.0, fused=mllm.device.type == "cuda" or None
+        region.values(), lr=0.0, weight_decay=0.0, fused=cuda or None, capturable=cuda
     )
 
     def step(batch: Batch) -> None:
         mllm.nll(batch).sum().backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+
+    def gradients() -> Tensor:
+        optimiser.zero_grad(set_to_none=True)
+        loss = mllm.nll(cached)
+        loss.sum().backward()
+        return loss.detach()
 
     def naive() -> None:
         step(plain)
@@ -110,6 +119,13 @@ def step_times(mllm: MLLM, request: EditRequest, size: Size) -> dict[str, Timing
             parameter.requires_grad_(True)
         found["truncated"] = timed(partial(step, plain), mllm.device, size.runs)
         found["cached"] = timed(partial(step, cached), mllm.device, size.runs)
+        with Steps(gradients, optimiser.step, mllm.device) as steps:
+
+            def replayed() -> None:
+                steps.gradients()
+                steps.update()
+
+            found["replayed"] = timed(replayed, mllm.device, size.runs)
     finally:
         mllm.model.requires_grad_(False)
     return found
@@ -118,10 +134,10 @@ def step_times(mllm: MLLM, request: EditRequest, size: Size) -> dict[str, Timing
 def edit_times(mllm: MLLM, request: EditRequest, size: Size) -> dict[str, Timing]:
     """A whole edit by fine-tuning, the pass that is kept included."""
     editor = FineTune(FineTuneOptions(region=REGION, steps=size.steps, lr=1e-5))
-    kinds = {"plain": _Plain, "cached": MLLM}
+    ways = {"plain": (_Plain, False), "cached": (MLLM, False), "replayed": (MLLM, True)}
     found = {}
-    for name, kind in kinds.items():
-        mllm.__class__ = kind
+    for name, (kind, replays) in ways.items():
+        mllm.__class__, editor.replays = kind, replays
         run = partial(editor.edit, mllm, [request])
         found[name] = timed(run, mllm.device, 3, warm=1)
     return found

@@ -38,7 +38,8 @@ def test_it_measures_every_way_and_finds_the_same_numbers(tmp_path, capsys):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
     editing.main([*options, f"--out={tmp_path}"])
     found = json.loads((tmp_path / "editing.json").read_text())
-    assert list(found["step"]) == ["naive", "truncated", "cached"]
+    assert list(found["step"]) == ["naive", "truncated", "cached", "replayed"]
+    assert list(found["edit"]) == ["plain", "cached", "replayed"]
     ways = ["one by one", "batched", "packed", "cached", "shared by 5 editors"]
     assert list(found["evaluation"]) == list(found["whole"]) == ways
     assert [shape for name, shape in found["region"].items()] == [[64, 32], [32, 64]]

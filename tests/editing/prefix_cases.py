@@ -46,7 +46,7 @@ def place(mllm, region):
 def moved(weights, seed, size=0.3):
     """Other weights, near enough that the model still depends on what it reads."""
     return {
-        name: (w + size * w.float().std() * drawn(w.shape, seed + i)).to(w.dtype)
+        name: (w + size * w.float().std() * drawn(w.shape, seed + i).to(w.device)).to(w.dtype)
         for i, (name, w) in enumerate(weights.items())
     }
 

@@ -12,13 +12,18 @@ import pytest
 from PIL import Image
 
 from editing.evaluation.gallery import LABELS, gallery
+from editing.evaluation.plots import _curves
+from editing.evaluation.summary import RowSummary
 from editing.loading import records_of
+from editing.metrics.aggregate import Score, summarize
+from editing.metrics.definitions import Kind, definitions_of
 from mmtune import cli
 from mmtune.report.pictures import Pictures
 from tests.editing.evaluation.runs import config_of, items, limited, lines, picture, run, setup
 from tests.editing.tiny import tiny
 from tests.report.browser import looks_right
 
+SVG = "{http://www.w3.org/2000/svg}"
 EDITORS = {
     "tuned": {"editor": "ft", "lr": 0.05},
     "picky": {"editor": "nudge", "size": 3.0, "fails": "1"},
@@ -61,6 +66,27 @@ def test_the_page_needs_nothing_else_and_every_picture_loads(page):
     assert len(drawings) == 7 + 7  # bars and curves, a picture per column
     for text in drawings:
         assert ET.fromstring(text).get("aria-label").endswith(", %")
+
+
+@pytest.mark.parametrize("editors", [1, 7, 17, 30])
+def test_every_editor_is_named_beside_the_curves(editors):
+    """matplotlib squeezes axes, and cuts off legends, that are lower than their legend."""
+    kind: Kind = "reliability"
+    definition = definitions_of(kind)[0]
+    found = summarize(definition, [Score(1, 1), Score(0, 1)], None, resamples=9)
+    key = (kind, definition.name)
+    rows = [
+        RowSummary(f"editor {i}", count, 9, 0.1, [], {key: found})
+        for i in range(editors)
+        for count in (1, 10)
+    ]
+    drawing = ET.fromstring(_curves("reliability", key, rows))
+    height = float(drawing.get("viewBox").split()[-1])
+    texts = {text.text: float(text.get("y")) for text in drawing.iter(f"{SVG}text")}
+    assert 0 < texts[f"editor {editors - 1}"] < height
+    frame = next(part for part in drawing.iter() if part.get("id") == "patch_2")
+    ends = re.findall(r"[-\d.]+ ([-\d.]+)", next(iter(frame)).get("d"))
+    assert max(map(float, ends)) - min(map(float, ends)) > 0.5 * height
 
 
 def test_the_page_shows_rows_metrics_failures_definitions_and_the_edits(page, made):

@@ -1,0 +1,66 @@
+"""What the host asks a device for in a pass, noted once and answered from the notes later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Questions(TorchDispatchMode):
+    """Notes the numbers that a device is asked for, or answers as noted and has that checked.
+
+    Args:
+        device: that is asked.
+        known: answers noted earlier, in this order; None lets the device answer.
+
+    Attributes:
+        answers: that were given, in order.
+    """
+
+    def __init__(self, device: torch.device, known: list[Any] | None = None) -> None:
+        super().__init__()
+        self.answers: list[Any] = []
+        self._device, self._known = device, known
+        self._right = [torch.ones(1, dtype=torch.bool, device=device)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asks = func is torch.ops.aten._local_scalar_dense.default
+        if not asks or args[0].device.type != self._device.type:
+            return func(*args, **(kwargs or {}))
+        if self._known is None:
+            with waiting("default"):
+                self.answers.append(func(*args))
+        elif len(self.answers) == len(self._known):
+            raise RuntimeError("this pass asks the device for more than the one before it")
+        else:
+            self.answers.append(self._known[len(self.answers)])
+            self._right.append((args[0] == self.answers[-1]).reshape(1))
+        return self.answers[-1]
+
+    def right(self) -> Tensor:
+        """[1] bool, on the device: whether it would have answered as it was answered for."""
+        if self._known is not None and len(self.answers) != len(self._known):
+            raise RuntimeError("this pass asks the device for less than the one before it")
+        return torch.cat(self._right).all()[None]
+
+
+@contextmanager
+def waiting(mode: str) -> Iterator[None]:
+    """While it lasts, waiting for a CUDA device is an error ("error"), or is not ("default")."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
