@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "adapter_fusion": {"adapters": {"a": "random:0", "b": "random:1"}},
 }
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "aurora-materialise": {"rank": 64, "sites": EVERY, "compute": "materialise"},
-    "aurora-mlp": {"rank": 64, "sites": [*EVERY, "fc1", "fc2"], "compute": "materialise"},
+    "aurora-separate": {"rank": 64, "sites": EVERY, "compute": "separate"},
+    "aurora-mlp": {"rank": 64, "sites": [*EVERY, "fc1", "fc2"]},
 }
 
 
@@ -60,24 +60,18 @@ def contestants() -> dict[str, Contestant]:
     return found
 
 
-@dataclass
-class _Floor:
-    """Makes what the embeddings give want a gradient."""
-
-    handles: list[Any] = field(default_factory=list)
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return output.requires_grad_(True)
-
-
 def _floor(model: nn.Module) -> nn.Module:
     view = view_of(model)
     view.prepare()
     model.requires_grad_(False)
     for site in view.sites():
         if site.role == "embed":
-            site.module.register_forward_hook(_Floor())
+            site.module.register_forward_hook(_wants_gradient)
     return model
+
+
+def _wants_gradient(module: nn.Module, args: Any, output: Any) -> Any:
+    return output.requires_grad_(True)
 
 
 def _peft_lora(model: nn.Module, autocast: bool) -> nn.Module:

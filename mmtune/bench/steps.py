@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +83,8 @@ def measured(setting: Setting, names: Sequence[str]) -> Iterator[Line]:
         ValueError: an unknown subject or contestant.
     """
     known = contestants()
-    for what, name, names_of in (
-        ("subject", setting.subject, SUBJECTS),
-        *(("contestant", name, known) for name in names),
-    ):
-        if name not in names_of:
-            raise ValueError(f"no {what} {name!r} to measure; there are {', '.join(names_of)}")
+    _require("subject", [setting.subject], SUBJECTS)
+    _require("contestant", names, known)
     device = torch.device(setting.device)
     batch = setting.batch or SUBJECTS[setting.subject].batch
     bench = ready(setting.subject, batch, getattr(torch, setting.dtype), device, setting.seed)
@@ -101,6 +97,12 @@ def measured(setting: Setting, names: Sequence[str]) -> Iterator[Line]:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _require(what: str, names: Sequence[str], known: Mapping[str, object]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no {what} {name!r} to measure; there are {', '.join(known)}")
 
 
 def _measure(
