@@ -174,14 +174,14 @@ def step(model, **options):
     return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize("sites", [["q", "k", "v", "out"], ["v", "k", "fc1", "fc2"], ["q", "v"]])
 def test_a_model_has_the_gradients_of_the_separate_path(sites, checkpointing):
     found = []
     for compute in ("separate", "materialise"):
         model = adapted(compute, sites=sites).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable(checkpointing)
             model.enable_input_require_grads()
         found.append(step(model))
         waiting = [m.siblings._waiting for m in model.modules() if isinstance(m, AuroraLinear)]

@@ -101,7 +101,7 @@ class Rounds:
         self._plan: tuple[object, Plan] | None = None  # and the state for which it was made
         self._known: dict[int, Known] = {}
         self._stacks: list[Stack] = []
-        self._open = self._late = False
+        self._open = self._late = self._graded = self._alone = False
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,15 +127,21 @@ class Rounds:
         """What is known of a layer in this pass, or in its recomputation."""
         if self._late:
             self._compute()
-        if self._open or (self._known and _recomputing()):
+        if self._open:
+            # Reentrant checkpointing: this layer's graph is built anew in backward, and gone with
+            # it, so that its updates cannot be shared by layers that are computed again later.
+            self._alone = self._alone or (self._graded and not torch.is_grad_enabled())
+            return self._known.get(id(layer))
+        if self._known and not self._alone and _recomputing():
             return self._known.get(id(layer))
         return None
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         self._known.clear()
-        self._open = True
+        self._open, self._alone = True, False
+        self._graded = torch.is_grad_enabled()
         # Without gradients there is time until a layer asks; few tokens may ask for nothing.
-        self._late = not torch.is_grad_enabled()
+        self._late = not self._graded
         if not self._late:
             self._compute()
 
