@@ -61,14 +61,14 @@ class Fetched:
     """Numbers on their way from a device to here; what is launched after them is not waited for.
 
     Args:
-        first: a scalar; its device is that of the others.
-        others: scalars, or numbers that are here already.
+        first: a scalar.
+        others: scalars on the same device, or numbers that are here already.
     """
 
     def __init__(self, first: Tensor, others: Iterable[Tensor | float]) -> None:
-        device = first.device
-        numbers = [first.detach(), *(torch.as_tensor(o, device=device).detach() for o in others)]
-        together = torch.stack([number.double() for number in numbers])
+        self._numbers = [first, *others]
+        away = [n.detach().double() for n in self._numbers if isinstance(n, Tensor)]
+        together = torch.stack(away)
         self._arrived: torch.cuda.Event | None = None
         if together.is_cuda:
             self._here = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
@@ -82,7 +82,8 @@ class Fetched:
         """The numbers, as soon as they are here."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._here.tolist()
+        here = iter(self._here.tolist())
+        return [next(here) if isinstance(n, Tensor) else float(n) for n in self._numbers]
 
 
 def leave_together() -> None:

@@ -99,7 +99,7 @@ def image_rates(around: Around, folder: Path) -> dict[int, float]:
     draw = np.random.default_rng(0)
     records = []
     for number in range(around.files):
-        # As detailed as a photo: noise of several grains, which JPEG finds neither easy nor hard.
+        # Soft blots, about as dear to decode as a photo.
         coarse = draw.integers(0, 256, (around.pixels // 16, around.pixels // 12, 3), np.uint8)
         image = Image.fromarray(coarse).resize((around.pixels, around.pixels * 3 // 4), 3)
         name = f"{number}.jpg"
@@ -209,7 +209,7 @@ def measure(around: Around) -> Measured:
     """Everything, one after the other."""
     import os
 
-    name = torch.cuda.get_device_name() if around.device == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if around.device.startswith("cuda") else "CPU"
     found = Measured(around, f"{name}, {os.cpu_count()} cores, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         found.images = image_rates(around, Path(folder))

@@ -17,6 +17,7 @@ from mmtune.conformance.backbones import BACKBONES, build
 from mmtune.tuners.aurora.context import TokenContext, gathered
 from mmtune.tuners.aurora.fusing import FusedLayer
 from mmtune.tuners.aurora.gate import ReferenceGate, TanhGate
+from mmtune.tuners.aurora.layer import AuroraLinear
 
 from ..backbones.blip_checks import close, generated, outputs
 
@@ -351,3 +352,19 @@ def test_a_seed_makes_the_reference_gate():
 
     assert torch.equal(vectors(3), vectors(3))
     assert not torch.equal(vectors(3), vectors(4))
+
+
+def test_projections_that_read_the_same_tokens_compute_together():
+    sites = {"text": ["q", "k", "v"], "fusion": ["cross_q", "cross_k", "cross_v"]}
+    found = []
+    for compute in ("separate", "materialise"):
+        wrapped, _ = adapted("blip-retrieval", compute=compute, sites=sites, rank=4)
+        randomise(wrapped)
+        found.append(wrapped(**BACKBONES["blip-retrieval"].batch(0, 3)).itm_score)
+        for module in wrapped.modules():
+            if isinstance(module, AuroraLinear):
+                roles = {m.role for m in module.siblings.members}
+                together = [{"q", "k", "v"}, {"cross_k", "cross_v"}, {"cross_q"}]
+                assert roles == next(group for group in together if module.role in group)
+                assert not module.siblings._waiting
+    assert close(*found)

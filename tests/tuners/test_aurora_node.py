@@ -18,7 +18,8 @@ from mmtune.tuners.aurora.factors import Blocks, ModeFactors
 from mmtune.tuners.aurora.layer import AuroraLinear
 from mmtune.tuners.aurora.node import updated_linear
 from mmtune.tuners.aurora.origins import Origins, cheap, origin_of
-from mmtune.tuners.aurora.stacks import AT_ONCE, Stack
+from mmtune.tuners.aurora.rounds import AT_ONCE
+from mmtune.tuners.aurora.stacks import Stack
 from mmtune.tuners.aurora.updates import Update
 
 
@@ -42,7 +43,8 @@ def updated_linears(x, right, lefts, weights, biases, formed=False):
     )
     whole = (torch.cat(weights) + left @ right).detach() if formed else None
     given = () if formed else weights
-    return updated_linear(x, left, right, given, bias, whole).split(widths, -1)
+    outputs = updated_linear(x, left, right, given, bias, whole)
+    return outputs[0].split(widths, -1) if formed else outputs
 
 
 def by_autograd(x, right, lefts, weights, biases):
@@ -195,9 +197,9 @@ def test_a_model_has_the_gradients_of_the_separate_path(sites, checkpointing):
 @pytest.mark.parametrize(("tokens", "formed"), [(7, []), (8, [1]), (9, [1])])
 def test_auto_forms_the_weight_where_that_multiplies_fewer_numbers(tokens, formed, monkeypatch):
     calls = []
-    stock = Update.output
+    stock = Update.outputs
     monkeypatch.setattr(
-        Update, "output", lambda self, x: calls.append(len(self.members)) or stock(self, x)
+        Update, "outputs", lambda self, x: calls.append(len(self.members)) or stock(self, x)
     )
     factors = ModeFactors()
     factors.add_adapter("default")
@@ -220,9 +222,9 @@ def test_auto_with_dropout_is_separate():
 
 def test_siblings_compute_once_what_they_share(monkeypatch):
     calls = []
-    stock = Update.output
+    stock = Update.outputs
     monkeypatch.setattr(
-        Update, "output", lambda self, x: calls.append(len(self.members)) or stock(self, x)
+        Update, "outputs", lambda self, x: calls.append(len(self.members)) or stock(self, x)
     )
     step(adapted("materialise"))
     assert calls == [3, 1] * 4  # q, k, v; out; in two layers of two towers
@@ -332,8 +334,16 @@ def test_a_round_has_the_update_of_each_layer(settings, sites):
         mine = delta[start : start + layer.out_features]
         assert mine.abs().max() > 1e-3
         assert torch.allclose(mine, layer.get_delta_weight("default"), atol=1e-12)
+    rounds._end(model, (), None)
+    assert not rounds._stacks
+    assert rounds.known(layers[0]) is None
+
+
+def test_a_pass_without_gradients_leaves_nothing():
+    model = adapted("materialise")
+    rounds = next(m for m in model.modules() if isinstance(m, AuroraLinear)).rounds
     with torch.no_grad():
-        rounds._end(model, (), None)
+        model(**{**images_and_texts(0, 3), "pixel_values": parts_of(model)[1]})
     assert not rounds._known
 
 
@@ -359,7 +369,7 @@ def test_weights_are_not_formed_at_once_where_something_speaks_against_it(why, m
     want = step(adapted("materialise"))
     model = adapted("materialise")
     if why == "size":
-        monkeypatch.setattr("mmtune.tuners.aurora.stacks.AT_ONCE", 8 * 16 * 16)
+        monkeypatch.setattr("mmtune.tuners.aurora.rounds.AT_ONCE", 8 * 16 * 16)
     else:
         for m in model.modules():
             if isinstance(m, AuroraLinear):
@@ -511,3 +521,142 @@ def test_few_tokens_without_gradients_compute_no_update(monkeypatch):
     assert calls == [1]
     model(**few)  # checkpointing might compute again what asks first
     assert calls == [1, 1]
+
+
+def parts_of(model):
+    inputs = images_and_texts(0, 3)
+    return model.get_base_model(), inputs["pixel_values"].double()
+
+
+def during(model, inside):
+    """What `inside` gives when it is called within a forward pass of the model."""
+    found = []
+
+    def once(*_):
+        hook.remove()
+        found.append(inside())
+
+    hook = model.get_base_model().vision_model.register_forward_pre_hook(once)
+    step(model)
+    return found[0]
+
+
+@pytest.mark.parametrize("change", ["values", "disabled", "switched"])
+def test_what_is_exchanged_within_a_pass_is_seen(change):
+    model = adapted("materialise")
+    base, pixels = parts_of(model)
+    modes = [p for n, p in model.named_parameters() if "aurora_modes" in n]
+    if change == "switched":
+        model.add_adapter("other", AuroraConfig(rank=2, seed=9, compute="materialise"))
+        for n, p in model.named_parameters():
+            p.data = p.data.double()
+            if "aurora_V.other" in n:
+                torch.nn.init.normal_(p, std=0.3)
+
+    def teacher():
+        def features():
+            with torch.no_grad():
+                return base.vision_model(pixels).pooler_output
+
+        if change == "disabled":
+            with model.disable_adapter():
+                return features()
+        if change == "switched":
+            model.base_model.set_adapter("other")
+            found = features()
+            model.base_model.set_adapter("default")
+            return found
+        before = [p.data for p in modes]
+        for p in modes:
+            p.data = 2 * p.data
+        found = features()
+        for p, data in zip(modes, before, strict=True):
+            p.data = data
+        return found
+
+    want = teacher()  # outside of any pass
+    assert torch.allclose(during(model, teacher), want)
+    assert not torch.allclose(want, base.vision_model(pixels).pooler_output)
+
+
+def test_a_part_without_gradients_goes_with_checkpointing():
+    want = step(adapted("materialise").train())
+    for inside in (True, False):
+        model = adapted("materialise").train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        base, pixels = parts_of(model)
+
+        def teacher(base=base, pixels=pixels):
+            with torch.no_grad():
+                return base.vision_model(pixels).pooler_output
+
+        if inside:
+            during(model, teacher)
+            model.zero_grad()
+        loss, grads = step(model)
+        assert torch.allclose(loss, want[0])
+        assert all(torch.allclose(grads[n], g, atol=1e-10) for n, g in want[1].items())
+
+
+def test_another_pass_before_the_backward_of_a_checkpointed_one():
+    want = step(adapted("materialise").train())
+    model = adapted("materialise").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    inputs = images_and_texts(0, 3)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    out = model(**inputs)
+    with torch.no_grad(), model.disable_adapter():
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+    ((out.image_embeds * out.text_embeds).sum() + out.image_embeds.pow(3).sum()).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert all(torch.allclose(grads[n], g, atol=1e-10) for n, g in want[1].items())
+    # A part called by itself computes alone, also when it is computed again.
+    model.zero_grad()
+    base, pixels = parts_of(model)
+    base.vision_model(pixels).pooler_output.pow(3).sum().backward()
+
+
+def test_room_for_formed_weights_is_the_models():
+    model = adapted("materialise", sharing="layer")
+    layers = [m for m in model.modules() if isinstance(m, AuroraLinear)]
+    one = sum(m.linear.weight.nbytes for m in layers) // 4  # of four layers
+    import mmtune.tuners.aurora.rounds as module
+
+    for room, fitting in ((0, 0), (2 * one, 2), (4 * one, 4)):
+        module.AT_ONCE, stock = room, module.AT_ONCE
+        try:
+            stacks = module.Plan(layers).stacks
+        finally:
+            module.AT_ONCE = stock
+        assert [whole for *_, whole in stacks].count(True) == fitting
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("why", ["class", "dtype", "hook"])
+def test_only_plain_linears_get_an_update_added(why):
+    base = (Scaled if why == "class" else nn.Linear)(16, 16)
+    if why == "dtype":
+        base.weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
+    if why == "hook":
+        base.register_forward_hook(lambda m, args, out: out + 1)
+    factors = ModeFactors()
+    factors.add_adapter("default")
+    layer = AuroraLinear(base, factors)
+    with pytest.raises(ValueError, match="Set compute: auto, or separate"):
+        layer.add_adapter(
+            "default", "16x16", Blocks(16, 16), 4, AuroraConfig(compute="materialise"), None
+        )
+    layer.add_adapter("default", "16x16", Blocks(16, 16), 4, AuroraConfig(), None)
+    assert layer.aurora_placed["default"].compute == "separate"
+    layer.set_adapter("default")
+    x = torch.randn(20, 16)
+    if why != "dtype":
+        assert torch.equal(layer(x), base(x))

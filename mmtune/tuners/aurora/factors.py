@@ -120,10 +120,15 @@ class ModeFactors(Attached, AuroraLayer):
         core_of[key] = nn.Parameter(mixing)
         return True
 
-    def of(self, name: str, key: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `rank` components: U [rank, d_in], V [d_out, rank], core [rank] or [rank]^3."""
+    def parts(self, name: str, key: str) -> tuple[Tensor, Tensor, Tensor]:
+        """U, V and core as they are."""
         groups: Any = (self.aurora_U, self.aurora_V, self.aurora_core)
         u, v, core = (group[name][key] for group in groups)
+        return u, v, core
+
+    def of(self, name: str, key: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `rank` components: U [rank, d_in], V [d_out, rank], core [rank] or [rank]^3."""
+        u, v, core = self.parts(name, key)
         part = core[:rank] if core.dim() == 1 else core[:rank, :rank, :rank]
         return u[:rank], v[:, :rank], part
 

@@ -40,6 +40,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
 
     adapter_layer_names = ("aurora_modes",)
     other_param_names = ("aurora_dropout", "aurora_placed")
+    role = ""  # of its site
 
     def __init__(self, base_layer: nn.Linear, factors: ModeFactors) -> None:
         super().__init__()
@@ -111,8 +112,16 @@ class AuroraLinear(nn.Module, AuroraLayer):
         return made
 
     def _can_form(self, config: AuroraConfig) -> bool:
-        whole = config.compute == "materialise" or self.linear.weight.is_floating_point()
-        return config.forms() and whole
+        """Whether the update may be added to the weight. ValueError where it must be and cannot."""
+        plain = is_plain(self.base_layer)
+        if config.compute == "materialise" and not plain:
+            found = type(self.base_layer).__name__
+            dtype = getattr(getattr(self.base_layer, "weight", None), "dtype", None)
+            raise ValueError(
+                f"aurora.compute is materialise, but this {found} (weight: {dtype}) is no plain "
+                "Linear, to whose weight an update can be added. Set compute: auto, or separate."
+            )
+        return config.forms() and plain
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         known = self._known(x)
@@ -194,7 +203,9 @@ class AuroraLinear(nn.Module, AuroraLayer):
         else:
             m = mixers(core, torch.cat(modes), False, True).unflatten(0, (len(modes), -1))
         dtype = dtype or computing_dtype(self.linear.weight)
-        return Stack(units, u, v, _scaled(m, placed.alpha), columns, dtype, whole)
+        stack = Stack(units, u, v, _scaled(m, placed.alpha), columns, dtype, whole)
+        stack.shared = cast(ModeFactors, self.factors).parts(name, placed.key)
+        return stack
 
     def state(self) -> tuple[Hashable, ...]:
         """Equal as long as the layer's adapters act in the same way."""
@@ -266,6 +277,20 @@ class AuroraLinear(nn.Module, AuroraLayer):
 
     def extra_repr(self) -> str:
         return f"aurora={self.aurora_placed}"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b with a stock weight and nothing else."""
+    stock = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    weight = getattr(module, "weight", None)
+    return (
+        type(module) in stock
+        and type(weight) is nn.Parameter
+        and weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        and not hasattr(module, "_hf_hook")  # accelerate brings such a weight when it is called
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
 
 
 def _scaled(mixers: Tensor, alpha: float) -> Tensor:

@@ -15,7 +15,7 @@ from mmtune.tuners.aurora.factors import AuroraLayer, ModeFactors, cut, sharing_
 from mmtune.tuners.aurora.fusing import FusedLayer, settle
 from mmtune.tuners.aurora.layer import AuroraLinear
 from mmtune.tuners.aurora.origins import Origins, cheap
-from mmtune.tuners.aurora.siblings import ROLES
+from mmtune.tuners.aurora.siblings import TOGETHER
 from mmtune.tuners.sited import SitedTuner, require_linear
 
 # PEFT skips modules whose name holds its prefix when it deletes an adapter; these must be visited.
@@ -72,13 +72,14 @@ class AuroraModel(SitedTuner):
         factors.add_adapter(adapter_name)
         if self._cheap:
             self._attach(ORIGINS, Origins).watch(self._cheap)
+        if config.forms():
             factors.rounds.watch(self.model)
         layer = target if isinstance(target, AuroraLinear) else AuroraLinear(target, factors)
         if layer is not target:
             layer.rounds = factors.rounds
             layer.rounds.layers.append(layer)
-            if site.role in ROLES:
-                self._join(layer, site)
+            layer.role = site.role
+            self._join(layer, site)
         base: Any = layer.get_base_layer()
         blocks = cut(site, base.out_features, base.in_features)
         rank, key = config.rank_of(site.branch), sharing_key(config.sharing, site, blocks)
@@ -90,12 +91,14 @@ class AuroraModel(SitedTuner):
         return layer
 
     def _join(self, layer: AuroraLinear, site: Site) -> None:
-        """Make it a sibling of the other projections of the same attention."""
+        """Make it a sibling of the projections that read the same tokens."""
         parent = self.model.get_submodule(site.path.rpartition(".")[0])
-        others = [m for m in parent.children() if isinstance(m, AuroraLinear)]
-        if others:
-            layer.siblings = others[0].siblings
-            layer.siblings.members.append(layer)
+        roles = next((group for group in TOGETHER if site.role in group), ())
+        for other in parent.children():
+            if isinstance(other, AuroraLinear) and other.role in roles:
+                layer.siblings = other.siblings
+                layer.siblings.members.append(layer)
+                return
 
     def _fuse(self, config: Any, adapter_name: str, fusion: Fusion) -> None:
         """Give a layer with cross-attention its gate and context."""

@@ -7,8 +7,9 @@ L and R. Here
     dx = dy (W + L R)      dL = dy^T h,  h = x R^T      dR = (dy L)^T x
 
 so that only skinny products are added. Linears that read the same x and share R (an attention's q,
-k and v) are one node, their weights below one another. The formed weight waits for backward where
-it is small beside the tokens' own activations; else it is formed again.
+k and v) are one node, their weights below one another. A weight that the caller has formed waits
+for backward; so does one formed here, where it is small beside the tokens' own activations, and
+else it is formed again.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def updated_linear(
     weights: Sequence[Tensor],
     bias: Tensor | None,
     formed: Tensor | None = None,
-) -> Tensor:
-    """Apply a Linear with a low-rank update.
+) -> tuple[Tensor, ...]:
+    """Apply Linears with a low-rank update that lie below one another.
 
     Args:
         x: [..., i].
@@ -49,14 +50,16 @@ def updated_linear(
             not looked at.
 
     Returns:
-        [..., o] in `computing_dtype(x)`.
+        [..., o_1], ... in `computing_dtype(x)`, a tensor of its own for each weight; [..., o] where
+        the formed weight is given.
     """
     trains = any(w.requires_grad for w in weights) or (bias is not None and bias.requires_grad)
     if trains and formed is None:
         w = _joined(weights)
-        return F.linear(x, w + (left @ right).to(w.dtype), bias)
+        y = F.linear(x, w + (left @ right).to(w.dtype), bias)
+        return y.split([len(part) for part in weights], -1)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
             return _node(x, left, right, weights, bias, formed)
@@ -66,7 +69,8 @@ def updated_linear(
 def computing_dtype(x: Tensor) -> torch.dtype:
     """Of a product with x: autocast's, where it is on, else that of x."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    auto = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if auto else x.dtype
 
 
 def _node(
@@ -76,12 +80,12 @@ def _node(
     weights: Sequence[Tensor],
     bias: Tensor | None,
     formed: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     origin = origin_of(x)
     kept = x if origin is None else origin.source
     weights = weights if formed is None else ()
     y = _UpdatedLinear.apply(origin, formed, x, kept.detach(), left, right, bias, *weights)
-    return cast(Tensor, y)
+    return cast(tuple[Tensor, ...], y)
 
 
 class _UpdatedLinear(torch.autograd.Function):
@@ -96,17 +100,22 @@ class _UpdatedLinear(torch.autograd.Function):
         right: Tensor,
         bias: Tensor | None,
         *weights: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         whole = _formed(weights, left, right, x.dtype) if formed is None else formed
         ctx.compute = None if origin is None else origin.compute
         tokens = x.numel() // x.shape[-1]
         ctx.whole = formed is not None or tokens >= KEEP * len(whole)
         ctx.save_for_backward(kept, left, right, *([whole] if ctx.whole else weights))
-        return F.linear(x, whole, None if bias is None else bias.to(x.dtype))
+        rows = [len(w) for w in weights] or [len(whole)]
+        biases = [None] * len(rows) if bias is None else bias.to(x.dtype).split(rows)
+        return tuple(
+            F.linear(x, part, b) for part, b in zip(whole.split(rows), biases, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        dy = dys[0] if len(dys) == 1 else torch.cat(dys, -1)
         x, left, right, *weights = ctx.saved_tensors
         if ctx.compute is not None:
             x = ctx.compute(x)

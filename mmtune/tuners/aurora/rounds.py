@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmtune.tuners.aurora.stacks import Stack
 from mmtune.tuners.aurora.updates import Update
 
 if TYPE_CHECKING:
     from mmtune.tuners.aurora.layer import AuroraLinear
+
+
+# Bytes of weights that are formed at once. They are together in memory from the first of their
+# layers' forward to the last of their backward; products with larger ones hide their launches.
+AT_ONCE = 2**29
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,22 @@ class Known:
         added: active adapters that are added to its weight.
         others: the rest of them.
         update: what is added to the weights of its group.
+        active: all of them.
+        parts: the parameters that it was computed from.
+        marks: of these, as they were.
     """
 
     added: Sequence[str]
     others: Sequence[str]
     update: Update
+    active: Sequence[str]
+    parts: Sequence[Tensor]
+    marks: object
+
+    def holds(self, layer: AuroraLinear) -> bool:
+        """Whether the layer's adapters and their parameters are those of the pass's start."""
+        same = not layer.disable_adapters and list(layer.active_adapters) == self.active
+        return same and _marks(self.parts) == self.marks
 
 
 @dataclass
@@ -58,12 +74,14 @@ class Plan:
 
     Attributes:
         units: all of them.
-        stacks: of each stack the adapter and its units' members.
+        stacks: of each stack the adapter, its units' members, and whether there is room to form
+            their weights at once.
     """
 
     def __init__(self, layers: Iterable[AuroraLinear]) -> None:
         self.units: list[Unit] = []
-        self.stacks: list[tuple[str, list[Sequence[AuroraLinear]]]] = []
+        self.stacks: list[tuple[str, list[Sequence[AuroraLinear]], bool]] = []
+        alike_of: list[tuple[str, list[Sequence[AuroraLinear]]]] = []
         kinds: dict[Hashable, int] = {}
         seen: set[int] = set()
         for layer in layers:
@@ -78,19 +96,26 @@ class Plan:
             for name in names:
                 kind = (name, *members[0].kind(name))
                 if kind not in kinds:
-                    kinds[kind] = len(self.stacks)
-                    self.stacks.append((name, []))
-                alike = self.stacks[kinds[kind]][1]
+                    kinds[kind] = len(alike_of)
+                    alike_of.append((name, []))
+                alike = alike_of[kinds[kind]][1]
                 unit.places.append((kinds[kind], len(alike)))
                 alike.append(members)
+        room = AT_ONCE
+        for name, alike in alike_of:
+            size = sum(m.linear.weight.nbytes for members in alike for m in members)
+            self.stacks.append((name, alike, size <= room))
+            room -= size if size <= room else 0
 
 
 class Rounds:
     """Knows what the layers of a model do in the present forward pass.
 
     It is computed before the first layer, outside of what activation checkpointing computes again,
-    and serves that second computation too, which happens in backward. Calls of parts of the model,
-    past its own forward, find nothing here and compute by themselves.
+    and serves that second computation too, which happens in backward. A layer computes by itself
+    where that may not hold: parts of the model are called past its own forward; their parameters or
+    active adapters were exchanged for a while; gradients are off for a part of the pass (as in
+    reentrant checkpointing, whose layers have graphs of their own that end with each).
 
     Attributes:
         layers: the adapted layers.
@@ -100,14 +125,16 @@ class Rounds:
         self.layers: list[AuroraLinear] = []
         self._plan: tuple[object, Plan] | None = None  # and the state for which it was made
         self._known: dict[int, Known] = {}
+        self._served: set[int] = set()  # layers of the last pass with gradients that took part
+        self._before: tuple[dict[int, Known], set[int]] | None = None  # of a pass without them
         self._stacks: list[Stack] = []
-        self._open = self._late = self._graded = self._alone = False
+        self._open = self._late = self._graded = False
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no forward pass."""
-        fresh = {"_plan": None, "_known": {}, "_stacks": [], "_open": False, "_late": False}
-        return {**vars(self), **fresh}
+        copied = {name: vars(self)[name] for name in ("layers", "_handles")}
+        return {**vars(Rounds()), **copied}
 
     def watch(self, model: nn.Module) -> None:
         """Begin a round with each forward pass of a model, once however often it is called."""
@@ -124,22 +151,28 @@ class Rounds:
         self._handles = []
 
     def known(self, layer: AuroraLinear) -> Known | None:
-        """What is known of a layer in this pass, or in its recomputation."""
+        """What is known of a layer in this pass, or in its recomputation; None: compute alone."""
+        if not self._open and (not self._known or not _recomputing()):
+            self._served.discard(id(layer))
+            return None
+        if self._open and self._graded and not torch.is_grad_enabled():
+            return None
         if self._late:
             self._compute()
+        found = self._known.get(id(layer))
+        if found is None or (not self._open and id(layer) not in self._served):
+            return None
         if self._open:
-            # Reentrant checkpointing: this layer's graph is built anew in backward, and gone with
-            # it, so that its updates cannot be shared by layers that are computed again later.
-            self._alone = self._alone or (self._graded and not torch.is_grad_enabled())
-            return self._known.get(id(layer))
-        if self._known and not self._alone and _recomputing():
-            return self._known.get(id(layer))
-        return None
+            if not found.holds(layer):
+                return None
+            self._served.add(id(layer))
+        return found
 
     def _begin(self, model: nn.Module, args: Any) -> None:
-        self._known.clear()
-        self._open, self._alone = True, False
-        self._graded = torch.is_grad_enabled()
+        self._open, self._graded = True, torch.is_grad_enabled()
+        if not self._graded:  # a backward pass of before may yet come
+            self._before = self._known, self._served
+        self._known, self._served = {}, set()
         # Without gradients there is time until a layer asks; few tokens may ask for nothing.
         self._late = not self._graded
         if not self._late:
@@ -148,12 +181,18 @@ class Rounds:
     def _compute(self) -> None:
         self._late = False
         plan = self._planned()
-        self._stacks = [units[0][0].stack(name, units, whole=True) for name, units in plan.stacks]
+        self._stacks = [
+            units[0][0].stack(name, units, whole=room) for name, units, room in plan.stacks
+        ]
         for unit in plan.units:
             places = [(self._stacks[stack], place) for stack, place in unit.places]
             update = Update.of(unit.members, places)
+            shared = [part for stack, _ in places for part in stack.shared]
             for m, others in zip(unit.members, unit.others, strict=True):
-                self._known[id(m)] = Known(unit.names, others, update)
+                parts = [*shared, *(m.aurora_modes[name] for name in unit.names)]
+                active = list(m.active_adapters)
+                marks = _marks(parts)
+                self._known[id(m)] = Known(unit.names, others, update, active, parts, marks)
 
     def _planned(self) -> Plan:
         state = [layer.state() for layer in self.layers]
@@ -166,8 +205,18 @@ class Rounds:
         for stack in self._stacks:
             stack.close()
         self._stacks = []
-        if not torch.is_grad_enabled():
-            self._known.clear()
+        for layer in self.layers:
+            layer.siblings.forget()
+        if self._before is not None:
+            self._known, self._served = self._before
+            self._before = None
+
+
+def _marks(parts: Sequence[Tensor]) -> object:
+    """Other ones where a parameter got other numbers, or other memory."""
+    if torch.compiler.is_compiling():
+        return None
+    return [mark for part in parts for mark in (part.data_ptr(), part._version)]
 
 
 def _recomputing() -> bool:

@@ -1,4 +1,4 @@
-"""The q, k and v of one attention, which read the same tokens one after the other."""
+"""The projections of one attention that read the same tokens one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mmtune.tuners.aurora.updates import Update
 if TYPE_CHECKING:
     from mmtune.tuners.aurora.layer import AuroraLinear
 
-ROLES = ("q", "k", "v")
+# Roles of projections that read the same tokens; what cross_q reads is another branch.
+TOGETHER = (("q", "k", "v"), ("cross_k", "cross_v"))
 
 
 class Siblings:
@@ -59,9 +60,11 @@ class Siblings:
                 self._tokens = None
             return y
         update = update or Update.now(self.group(member, names), names)
-        if len(update.members) == 1:
-            return update.output(x)
         waiting = update.outputs(x)
         y = waiting.pop(id(member))
-        self._tokens, self._waiting = x, waiting
+        self._tokens, self._waiting = (x, waiting) if waiting else (None, {})
         return y
+
+    def forget(self) -> None:
+        """Let nothing wait any longer."""
+        self._tokens, self._waiting = None, {}

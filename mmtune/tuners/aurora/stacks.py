@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 Pair = tuple[Tensor, Tensor]
 Formed = tuple[Tensor, "Tensor | None"]
-# Bytes up to which weights are formed at once. They are together in memory from the first of their
-# layers' forward to the last of their backward; products with larger ones hide their launches.
-AT_ONCE = 2**29
 
 
 class Stack:
@@ -24,7 +21,10 @@ class Stack:
     Attributes:
         pairs: of each unit of layers that compute together: L [o, R], o their out_features
             together, and R [R, in_features].
+        shared: the parameters that all of them share.
     """
+
+    shared: Sequence[Tensor] = ()
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Stack:
             mixers: [n, m, R] or [n, m, R, R], those of each weight's m blocks.
             columns: whether the blocks lie beside one another; then a unit has one layer.
             dtype: of the pairs and the formed weights.
-            whole: whether weights are formed at once, if nothing speaks against it.
+            whole: whether the weights are formed at once, unless they train.
         """
         self._units, self._whole, self._closed = units, whole, False
         self._formed: list[Formed] | None = None
@@ -67,7 +67,7 @@ class Stack:
     def formed(self, unit: int) -> Formed | None:
         """W + L R and the bias of a unit, in the pairs' dtype; None where it has to form them."""
         if self._whole and self._formed is None:
-            self._whole = self._fits()
+            self._whole = not self._trains()
         if not self._whole:
             return None
         if self._closed:
@@ -80,11 +80,9 @@ class Stack:
         """Keep no formed weight any longer; who asks yet, recomputing, gets one of its own."""
         self._formed, self._closed = None, True
 
-    def _fits(self) -> bool:
+    def _trains(self) -> bool:
         bases = [layer.linear for unit in self._units for layer in unit]
-        parts = [p for base in bases for p in (base.weight, base.bias) if p is not None]
-        size = sum(base.weight.numel() for base in bases) * self._left.element_size()
-        return size <= AT_ONCE and not any(p.requires_grad for p in parts)
+        return any(p is not None and p.requires_grad for b in bases for p in (b.weight, b.bias))
 
     def _form(self, first: int, end: int) -> list[Formed]:
         units = self._units[first:end]

@@ -45,17 +45,16 @@ class Update:
         """For these members alone."""
         return cls.of(members, [(members[0].stack(name, [members]), 0) for name in names])
 
-    def output(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., o]."""
+    def outputs(self, x: Tensor) -> dict[int, Tensor]:
+        """[..., in_features] -> [..., out_features] of each member, by its identity."""
         stack, place = self.places[0]
         formed = stack.formed(place) if len(self.places) == 1 else None
         if formed is not None and formed[0].dtype == computing_dtype(x):
             whole, bias = formed
-            return updated_linear(x, self.left, self.right, (), bias, whole)
-        weights = [m.linear.weight for m in self.members]
-        return updated_linear(x, self.left, self.right, weights, joined_bias(self.members))
-
-    def outputs(self, x: Tensor) -> dict[int, Tensor]:
-        """[..., out_features] of each member, by its identity."""
-        parts = self.output(x).split([m.out_features for m in self.members], -1)
+            (y,) = updated_linear(x, self.left, self.right, (), bias, whole)
+            parts = y.split([m.out_features for m in self.members], -1)
+        else:
+            weights = [m.linear.weight for m in self.members]
+            bias = joined_bias(self.members)
+            parts = updated_linear(x, self.left, self.right, weights, bias)
         return {id(m): part for m, part in zip(self.members, parts, strict=True)}
