@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def started(config, runs, *overrides, ranks=1, seconds=0.0):
             },
             stderr=subprocess.PIPE,
             text=True,
+            # Tests that run in the background of a shell were told to ignore Ctrl-C.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         for rank in range(ranks)
     ]
