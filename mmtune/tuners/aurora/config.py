@@ -76,7 +76,7 @@ class AuroraConfig(SitedConfig):
             first. The results differ by rounding, in bf16 too: updates that are small beside W are
             lost to W's rounding, as they are to that of the outputs. "auto" materialises where that
             multiplies fewer numbers, for more than d_in d_out / (d_in + d_out) tokens, and never
-            with dropout. Measured by `mmtune bench`: 27 % off a step of CLIP ViT-L/14 on an H200.
+            with dropout. `mmtune bench`: 27 % off a step of CLIP ViT-L/14 on an H200.
         branches, layers, seed, adapted: see `SitedConfig`.
 
     Source:
