@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmtune.bench import script
-from mmtune.bench.timing import Timing, milliseconds, timed
+from mmtune.bench.timing import Timing, device_name, milliseconds, timed
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from mmtune.data.records import MediaRef
+    from mmtune.data.transforms import TrainTransform
 
 BATCH = 64  # images that are put together
 
@@ -91,7 +94,6 @@ def image_rates(around: Around, folder: Path) -> dict[int, float]:
     from torch.utils.data import DataLoader
 
     from mmtune.backbones.base import ImageSpec
-    from mmtune.data.images import load_image
     from mmtune.data.pairs import PairDataset
     from mmtune.data.records import ImageFile, Record
     from mmtune.data.transforms import AugmentOptions, TrainTransform
@@ -107,7 +109,7 @@ def image_rates(around: Around, folder: Path) -> dict[int, float]:
         records.append(Record(ImageFile(str(folder), name), ("a photo",), name, name))
     spec = ImageSpec(around.size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     transform = TrainTransform(spec, AugmentOptions(), seed=0)
-    data = PairDataset(records, lambda ref, epoch, index: transform(load_image(ref), epoch, index))
+    data = PairDataset(records, partial(_read, transform))
     rates = {}
     for workers in map(int, around.workers.split(",")):
         loader = DataLoader(
@@ -126,6 +128,12 @@ def image_rates(around: Around, folder: Path) -> dict[int, float]:
         seconds = time.perf_counter() - start
         rates[workers] = (around.passes - 1) * around.files / seconds
     return rates
+
+
+def _read(transform: TrainTransform, ref: MediaRef, epoch: int, index: int) -> torch.Tensor:
+    from mmtune.data.images import load_image
+
+    return transform(load_image(ref), epoch, index)
 
 
 def _pixels(pairs: Any) -> torch.Tensor:
@@ -209,7 +217,7 @@ def measure(around: Around) -> Measured:
     """Everything, one after the other."""
     import os
 
-    name = torch.cuda.get_device_name() if around.device.startswith("cuda") else "CPU"
+    name = device_name(around.device)
     found = Measured(around, f"{name}, {os.cpu_count()} cores, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         found.images = image_rates(around, Path(folder))

@@ -32,6 +32,7 @@ from data_builders.stages.imagine import Diffusers, DiffusersOptions
 from data_builders.text_to_image import TextToImage
 from editing.config import EditModelOptions
 from mmtune.bench import script
+from mmtune.bench.timing import device_name
 
 CAPTIONS = (
     "a brown dog runs over a field with a ball in its mouth",
@@ -167,7 +168,7 @@ def measure(setup: Setup) -> Measured:
     """Everything, with one pipeline in memory at a time."""
     import diffusers
 
-    name = torch.cuda.get_device_name() if setup.device.startswith("cuda") else "CPU"
+    name = device_name(setup.device)
     found = Measured(setup, f"{name}, torch {torch.__version__}, diffusers {diffusers.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         bare_rates(setup, found, Path(folder))

@@ -35,7 +35,7 @@ from editing.requests import EditRecord, EditRequest
 from editing.weight_edits import WeightEdit
 from mmtune.bench import script
 from mmtune.bench.random_llava import Size, model_of, probes_of, records_of
-from mmtune.bench.timing import Timing, milliseconds, timed
+from mmtune.bench.timing import Timing, device_name, milliseconds, timed
 from mmtune.replayed import Steps
 
 if TYPE_CHECKING:
@@ -228,10 +228,9 @@ def measure(size: Size) -> Measured:
     worst, same = compared(scores, whole)
     exact = all(map(torch.equal, scores["packed"], scores["cached"]))
     both = evaluation_times(mllm, records[: size.whole], size, size.written)[0]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Measured(
         size=size,
-        where=f"{name}, torch {torch.__version__}",
+        where=f"{device_name(device)}, torch {torch.__version__}",
         parameters=sum(p.numel() for p in mllm.model.parameters()),
         region={n: list(p.shape) for n, p in parameters_of(mllm.backbone, REGION).items()},
         step=steps,

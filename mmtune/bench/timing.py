@@ -34,6 +34,12 @@ class Timing:
         return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}] ms"
 
 
+def device_name(device: torch.device | str) -> str:
+    """What tables call the device that was measured."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     """How long one call takes, until the device has done all of it."""
     if device.type != "cuda":
