@@ -22,6 +22,7 @@ from editing.regions import Region, RegionName, parameters_of
 from editing.weight_edits import WeightEdit
 from mmtune.backbones.base import SiteError
 from mmtune.backbones.generation import log_probabilities
+from mmtune.batched import batched
 from mmtune.replayed import Steps
 
 if TYPE_CHECKING:
@@ -113,8 +114,7 @@ class _Editing(Editor):
             capturable=leaves[0].is_cuda,
         )
         size = self.settings.batch_size
-        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-        batches = [mllm.cached(mllm.batch(part), weights) for part in parts]
+        batches = [mllm.cached(mllm.batch(part), weights) for part in batched(requests, size)]
         scores: list[Tensor] = []  # of each batch, in the last pass
 
         def gradients() -> Tensor:

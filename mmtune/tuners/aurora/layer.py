@@ -207,6 +207,11 @@ class AuroraLinear(nn.Module, AuroraLayer):
         stack.shared = cast(ModeFactors, self.factors).parts(name, placed.key)
         return stack
 
+    def trains(self) -> bool:
+        """Whether the stock layer's weight or bias wants a gradient."""
+        base = self.linear
+        return base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+
     def state(self) -> tuple[Hashable, ...]:
         """Equal as long as the layer's adapters act in the same way."""
         weight = self.linear.weight
@@ -217,6 +222,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
             tuple(self.aurora_placed.items()),
             weight.dtype,
             weight.device,
+            self.trains(),
         )
 
     def kind(self, name: str) -> tuple[Hashable, ...]:

@@ -58,19 +58,22 @@ def updated_linear(
         w = _joined(weights)
         y = F.linear(x, w + (left @ right).to(w.dtype), bias)
         return y.split([len(part) for part in weights], -1)
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return _node(x, left, right, weights, bias, formed)
-    return _node(x, left, right, weights, bias, formed)
+    if not _casts(x):
+        return _node(x, left, right, weights, bias, formed)
+    dtype = computing_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _node(x.to(dtype), left, right, weights, bias, formed)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """Of a product with x: autocast's, where it is on, else that of x."""
+    return torch.get_autocast_dtype(x.device.type) if _casts(x) else x.dtype
+
+
+def _casts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; torch refuses the question for "meta"."""
     kind = x.device.type
-    auto = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if auto else x.dtype
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def _node(

@@ -74,8 +74,8 @@ class Plan:
 
     Attributes:
         units: all of them.
-        stacks: of each stack the adapter, its units' members, and whether there is room to form
-            their weights at once.
+        stacks: of each stack the adapter, its units' members, and whether their weights are formed
+            at once: there is room, and none of them trains.
     """
 
     def __init__(self, layers: Iterable[AuroraLinear]) -> None:
@@ -103,9 +103,11 @@ class Plan:
                 alike.append(members)
         room = AT_ONCE
         for name, alike in alike_of:
-            size = sum(m.linear.weight.nbytes for members in alike for m in members)
-            self.stacks.append((name, alike, size <= room))
-            room -= size if size <= room else 0
+            layers = [m for members in alike for m in members]
+            size = sum(m.linear.weight.nbytes for m in layers)
+            whole = size <= room and not any(m.trains() for m in layers)
+            self.stacks.append((name, alike, whole))
+            room -= size if whole else 0
 
 
 class Rounds:
@@ -182,7 +184,7 @@ class Rounds:
         self._late = False
         plan = self._planned()
         self._stacks = [
-            units[0][0].stack(name, units, whole=room) for name, units, room in plan.stacks
+            units[0][0].stack(name, units, whole=whole) for name, units, whole in plan.stacks
         ]
         for unit in plan.units:
             places = [(self._stacks[stack], place) for stack, place in unit.places]

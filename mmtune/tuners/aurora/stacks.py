@@ -45,7 +45,7 @@ class Stack:
             mixers: [n, m, R] or [n, m, R, R], those of each weight's m blocks.
             columns: whether the blocks lie beside one another; then a unit has one layer.
             dtype: of the pairs and the formed weights.
-            whole: whether the weights are formed at once, unless they train.
+            whole: whether the weights are formed at once.
         """
         self._units, self._whole, self._closed = units, whole, False
         self._formed: list[Formed] | None = None
@@ -66,8 +66,6 @@ class Stack:
 
     def formed(self, unit: int) -> Formed | None:
         """W + L R and the bias of a unit, in the pairs' dtype; None where it has to form them."""
-        if self._whole and self._formed is None:
-            self._whole = not self._trains()
         if not self._whole:
             return None
         if self._closed:
@@ -79,10 +77,6 @@ class Stack:
     def close(self) -> None:
         """Keep no formed weight any longer; who asks yet, recomputing, gets one of its own."""
         self._formed, self._closed = None, True
-
-    def _trains(self) -> bool:
-        bases = [layer.linear for unit in self._units for layer in unit]
-        return any(p is not None and p.requires_grad for b in bases for p in (b.weight, b.bias))
 
     def _form(self, first: int, end: int) -> list[Formed]:
         units = self._units[first:end]
