@@ -57,6 +57,11 @@ class TrainingOptions:
         max_grad_norm: gradients are scaled down to this norm; 0 turns clipping off.
         precision: "bf16" runs the forward pass under autocast; weights keep their dtype.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        cuda_graphs: on a CUDA device, record forward and backward as CUDA graphs, one for each of
+            the first shapes of batch, and replay them: the same numbers without waiting for
+            Python. Their memory stays taken. Has no effect for several processes or with
+            gradient_checkpointing, nor for what changes from step to step (queues, adapter_drop's
+            robust).
         drop_last: leave out the last, incomplete batch of an epoch.
         evaluate: "epoch" evaluates the val split after every epoch.
         keep: which weights a run ends with; "best" needs evaluate: epoch.
@@ -80,6 +85,7 @@ class TrainingOptions:
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     precision: Literal["float32", "bf16"] = "float32"
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = False
     drop_last: bool = True
     evaluate: Literal["none", "epoch"] = "none"
     keep: Literal["last", "best"] = "last"

@@ -69,7 +69,7 @@ class Steps:
         try:
             if self._recordable and self._passes == 2:
                 # What cannot be recorded fails here: a recording that fails leaves traces in torch.
-                with _aside(self._device), waiting("error"), Questions(self._device) as asked:
+                with aside(self._device), waiting("error"), Questions(self._device) as asked:
                     found = self._gradients()
                 self._answers = asked.answers
             elif self._recordable and self._passes == 3:
@@ -87,7 +87,7 @@ class Steps:
     def update(self) -> None:
         """Follow the gradients."""
         if self._recordable and self._passes == 2:
-            with _aside(self._device), Questions(self._device) as asked:
+            with aside(self._device), Questions(self._device) as asked:
                 self._update()
             self._simple = not asked.answers
             return
@@ -104,15 +104,11 @@ class Steps:
         graph = torch.cuda.CUDAGraph()
         earlier = _over.pop(self._device, None) if self._pass is None else self._pass[0]
         pool = None if earlier is None else earlier.pool()
-        with _aside(self._device), _unseen():
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                with Questions(self._device, answers) as asked:
-                    found = run()
-                if isinstance(found, Tensor):
-                    found = torch.cat([found, asked.right().to(found)])
-            finally:
-                graph.capture_end()
+        with aside(self._device), unseen(), capture(graph, pool):
+            with Questions(self._device, answers) as asked:
+                found = run()
+            if isinstance(found, Tensor):
+                found = torch.cat([found, asked.right().to(found)])
         return graph, found
 
 
@@ -122,7 +118,7 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
+def aside(device: torch.device) -> Iterator[None]:
     """Work on a stream of its own, as recordings must be, in order with what is around it."""
     here, side = torch.cuda.current_stream(device), _side(device)
     side.wait_stream(here)
@@ -134,7 +130,17 @@ def _aside(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
+def capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Record into a graph what is launched, with memory from a pool (None: one of its own)."""
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
     """Hides a recording from libraries that compute otherwise where they see one (masks)."""
     stock = torch.cuda.is_current_stream_capturing
     torch.cuda.is_current_stream_capturing = lambda: False

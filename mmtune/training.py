@@ -8,14 +8,14 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mmtune.batches import EpochBatches
@@ -32,6 +32,8 @@ from mmtune.checkpoints import (
 )
 from mmtune.config import TrainingOptions
 from mmtune.device import Fetched, PeakMemory, checkpoint_activations
+from mmtune.flow import Flow
+from mmtune.passes import Passes
 from mmtune.step_times import StepTimes
 from mmtune.trainer_arguments import trainer_arguments
 from mmtune.tuners.hooks import JoinedHooks, TrainingHooks
@@ -65,58 +67,6 @@ class TrainingResult:
     step_seconds: float | None = None
 
 
-class _Flow(TrainerCallback):
-    """Tells task, sampler and method where the run is; draws the bar; chooses when to save."""
-
-    def __init__(self, trainer: TaskTrainer, progress: bool) -> None:
-        self.trainer, self.progress = trainer, progress
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.restore_sums()
-        if self.progress and state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="train", unit="step"
-            )
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        epoch = state.global_step // self.trainer.steps_per_epoch
-        self.trainer.batches.set_epoch(epoch)
-        self.trainer.task.set_epoch(epoch)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.hooks.before_step(state.global_step + 1)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.hooks.after_step(state.global_step + 1)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # else a short run, or the rest of a long one, is not seen
-        ends_epoch = state.global_step % self.trainer.steps_per_epoch == 0
-        if self.trainer.options.evaluate == "epoch" and ends_epoch:
-            # A checkpoint taken here would resume after the evaluation that is still to come.
-            control.should_save = False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.options.evaluate == "epoch" and self.trainer.options.save_every:
-            control.should_save = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.2e}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
 class TaskTrainer(Trainer):
     """A Trainer whose loss and evaluation come from a `Task`, and whose checkpoints are atomic.
 
@@ -139,6 +89,7 @@ class TaskTrainer(Trainer):
         self.progress = progress
         self.sums: dict[str, list[float]] = {}
         self.resumed: dict[str, Any] = {}
+        self.passes: Passes | None = None
         self.started = time.monotonic()
         self.batches = EpochBatches(
             len(task.train_dataset),  # type: ignore[arg-type]
@@ -160,7 +111,7 @@ class TaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.flow = _Flow(self, progress)
+        self.flow = Flow(self, progress)
         self.add_callback(self.flow)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -183,29 +134,77 @@ class TaskTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss and the method's penalty."""
-        loss, numbers = self.task.loss(model, inputs)
-        penalty = self.hooks.penalty()
-        if penalty is not None:
-            loss, numbers = loss + penalty, {**numbers, "penalty": penalty.detach()}
-        self.fetched = tuple(numbers), Fetched(loss, numbers.values())
+        loss, numbers = self._loss(model, inputs)
+        self.fetched = ("loss", *numbers), Fetched(loss, numbers.values())
         return (loss, None) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, numbers = self.task.loss(model, inputs)
+        penalty = self.hooks.penalty()
+        if penalty is None:
+            return loss, dict(numbers)
+        return loss + penalty, {**numbers, "penalty": penalty.detach()}
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
         """Forward and backward; TrainingError where the loss is not finite, before any update."""
-        step = super().training_step(*args, **kwargs)
-        names, fetched = self.fetched  # looked at now, while the device is busy with backward
-        loss, *numbers = fetched.values()
+        if self.options.cuda_graphs:
+            step, numbers = self._pass(model, inputs)
+        else:
+            step = super().training_step(model, inputs, num_items_in_batch)
+            names, fetched = self.fetched  # looked at now, while the device is busy with backward
+            numbers = dict(zip(names, fetched.values(), strict=True))
+        loss = numbers.pop("loss")
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} in step {self.state.global_step + 1}. Lower "
                 f"training.lr (now {self.options.lr:g}), raise training.warmup, or set "
                 "training.precision: float32."
             )
-        for name, value in zip(names, numbers, strict=True):
+        for name, value in numbers.items():
             total = self.sums.setdefault(name, [0.0, 0.0])
             total[0] += value
             total[1] += 1
         return step
+
+    def _pass(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """What the Trainer does in a step, replayed where it can be."""
+        if self.passes is None:
+            self.passes = Passes(
+                partial(self._scaled_loss, model),
+                self.accelerator.backward,
+                [p for p in model.parameters() if p.requires_grad],
+                self.args.device,
+                accumulates=self.options.accumulation > 1,
+                replays=self._replays(),
+            )
+        model.train()
+        return self.passes(self._prepare_inputs(inputs), self.current_gradient_accumulation_steps)
+
+    def _scaled_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], passes: int
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        with self.compute_loss_context_manager():
+            loss, numbers = self._loss(model, inputs)
+        return loss / passes, numbers
+
+    def _replays(self) -> bool:
+        reasons = {
+            "on the CPU": self.args.device.type != "cuda",
+            "with several processes": self.args.world_size > 1,
+            "with gradient_checkpointing": self.options.gradient_checkpointing,
+            "with a task or method that changes from step to step": not self.hooks.replayable,
+        }
+        found = [reason for reason, holds in reasons.items() if holds]
+        if found:
+            log.info("training.cuda_graphs has no effect %s", ", ".join(found))
+        return not found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Also write one line of metrics.jsonl per logged training step."""

@@ -151,11 +151,17 @@ class Backbone(ABC):
     ) -> Tensor:
         """[b, t] -> [b, e], L2-normalised."""
 
-    def prepare(self) -> None:  # noqa: B027 (nothing to do is a good answer)
-        """Show fused attention as q, k, v, out Linears. Does nothing where there is none."""
+    def prepare(self) -> None:
+        """Show fused attention as q, k, v, out Linears; compute QuickGELU in one kernel."""
+        from mmtune.backbones.quick_gelu import quicken
 
-    def restore(self) -> None:  # noqa: B027
+        quicken(self.model)
+
+    def restore(self) -> None:
         """Undo `prepare`: the stock module layout, with the present weights."""
+        from mmtune.backbones.quick_gelu import slow
+
+        slow(self.model)
 
     @abstractmethod
     def set_gradient_checkpointing(self, enable: bool = True) -> bool:

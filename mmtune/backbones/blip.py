@@ -93,6 +93,7 @@ class Blip(Generative):
     def prepare(self) -> None:
         from mmtune.backbones import blip_attention as attention
 
+        super().prepare()
         m: Any = self.model
         for layer in m.vision_model.encoder.layers:
             if not isinstance(layer.self_attn, attention.SplitBlipAttention):
@@ -103,6 +104,7 @@ class Blip(Generative):
     def restore(self) -> None:
         from mmtune.backbones import blip_attention as attention
 
+        super().restore()
         m: Any = self.model
         for layer in m.vision_model.encoder.layers:
             if isinstance(layer.self_attn, attention.SplitBlipAttention):

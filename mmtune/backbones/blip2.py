@@ -81,12 +81,14 @@ class Blip2(Generative):
     def prepare(self) -> None:
         from mmtune.backbones.projections import split
 
+        super().prepare()
         for layer in self._model.vision_model.encoder.layers:
             split(layer.self_attn, "qkv")
 
     def restore(self) -> None:
         from mmtune.backbones.projections import restore
 
+        super().restore()
         restore(self.model)
 
     def iter_sites(self) -> Iterator[Site]:

@@ -62,6 +62,7 @@ class OpenClip(Backbone):
     def prepare(self) -> None:
         from mmtune.backbones.projections import split
 
+        super().prepare()
         for path, _ in self._towers().values():
             for block in self.model.get_submodule(path).children():
                 split(block, "attn")
@@ -69,6 +70,7 @@ class OpenClip(Backbone):
     def restore(self) -> None:
         from mmtune.backbones.projections import restore
 
+        super().restore()
         restore(self.model)
 
     def iter_sites(self) -> Iterator[Site]:

@@ -64,12 +64,14 @@ class QwenVL(Interleaved):
     def prepare(self) -> None:
         from mmtune.backbones.projections import split
 
+        super().prepare()
         for block in self._model.model.visual.blocks:
             split(block.attn, "qkv")
 
     def restore(self) -> None:
         from mmtune.backbones.projections import restore
 
+        super().restore()
         restore(self.model)
 
     def iter_sites(self) -> Iterator[Site]:

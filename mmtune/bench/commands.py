@@ -22,6 +22,7 @@ def add_commands(new: Callable[[str, str], argparse.ArgumentParser]) -> None:
     bench.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA if there is one")
     bench.add_argument("--compiled", action="store_true", help="through torch.compile")
     bench.add_argument("--checkpointing", action="store_true", help="recompute layers")
+    bench.add_argument("--cuda-graphs", action="store_true", help="record passes and replay them")
     bench.add_argument("--runs", type=int, default=20, help="steps measured (default: 20)")
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder to write")
     bench.set_defaults(show=_bench)
@@ -47,6 +48,7 @@ def _bench(options: argparse.Namespace) -> Findings:
         device=device,
         compiled=options.compiled,
         checkpointing=options.checkpointing,
+        cuda_graphs=options.cuda_graphs,
         runs=options.runs,
     )
     lines = run(setting, options.methods or list(contestants()), options.out)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mmtune.backbones.quick_gelu import slow
 from mmtune.bench.subjects import view_of
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ def contestants() -> dict[str, Contestant]:
 
     found = {
         FLOOR: Contestant("forward and backward to the embeddings, nothing trains", _floor),
+        "floor-prepared": Contestant(
+            "the same with QuickGELU in one kernel, as methods have it",
+            partial(_floor, stock=False),
+        ),
         FULL: Contestant("everything trains", lambda model: model.requires_grad_(True)),
         PEFT: Contestant("PEFT's LoRA as it comes, r 64", partial(_peft_lora, autocast=True)),
         "peft-lora-bf16": Contestant(
@@ -60,9 +65,11 @@ def contestants() -> dict[str, Contestant]:
     return found
 
 
-def _floor(model: nn.Module) -> nn.Module:
+def _floor(model: nn.Module, stock: bool = True) -> nn.Module:
     view = view_of(model)
     view.prepare()
+    if stock:
+        slow(model)
     model.requires_grad_(False)
     for site in view.sites():
         if site.role == "embed":
@@ -81,6 +88,7 @@ def _peft_lora(model: nn.Module, autocast: bool) -> nn.Module:
 
     view = view_of(model)
     view.prepare()
+    slow(model)
     paths = [site.path for site in view.select(None, EVERY)]
     config = LoraConfig(r=64, lora_alpha=64, target_modules=only(paths))
     return get_peft_model(model, config, autocast_adapter_dtype=autocast)  # type: ignore[arg-type]

@@ -21,7 +21,8 @@ def run(setting: Setting, names: Sequence[str], out: Path) -> list[Line]:
     from tqdm import tqdm
 
     kind = [setting.subject, setting.device]
-    kind += ["compiled"] * setting.compiled + ["checkpointing"] * setting.checkpointing
+    ways = ("compiled", "checkpointing", "cuda_graphs")
+    kind += [way.replace("_", "-") for way in ways if getattr(setting, way)]
     path = out / "-".join(kind)
     out.mkdir(parents=True, exist_ok=True)
     lines: list[Line] = []

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmtune.bench.contestants import contestants
 from mmtune.bench.subjects import SUBJECTS, Bench, ready, view_of
 from mmtune.bench.timing import Timing, timed
+from mmtune.passes import Passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,7 @@ class Setting:
         device: "cuda" or "cpu".
         compiled: through torch.compile.
         checkpointing: layers are recomputed in the backward pass.
+        cuda_graphs: forward and backward are recorded and replayed.
         runs: steps that are measured, after `warm` that are not.
         seed: of weights and inputs.
     """
@@ -40,6 +42,7 @@ class Setting:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compiled: bool = False
     checkpointing: bool = False
+    cuda_graphs: bool = False
     runs: int = 20
     warm: int = 3
     seed: int = 0
@@ -80,8 +83,10 @@ def measured(setting: Setting, names: Sequence[str]) -> Iterator[Line]:
     One that cannot be made here, or runs out of memory, is a line that says so.
 
     Raises:
-        ValueError: an unknown subject or contestant.
+        ValueError: an unknown subject or contestant, or CUDA graphs without CUDA.
     """
+    if setting.cuda_graphs and setting.device != "cuda":
+        raise ValueError(f"CUDA graphs need a CUDA device; this bench runs on {setting.device}")
     known = contestants()
     _require("subject", [setting.subject], SUBJECTS)
     _require("contestant", names, known)
@@ -122,14 +127,21 @@ def _measure(
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=fused) if trained else None
     run: Any = torch.compile(model) if setting.compiled else model
 
+    passes = Passes(lambda batch: (bench.loss(run, batch), {}), Tensor.backward, trained, device)
+
     def step() -> None:
-        bench.loss(run, bench.inputs).backward()
+        if setting.cuda_graphs:
+            passes(bench.inputs)
+        else:
+            bench.loss(run, bench.inputs).backward()
         if optimiser is not None:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
     for _ in range(setting.warm):
         step()
+    if setting.cuda_graphs and not passes.replayed:
+        raise ValueError("what this model does in a pass cannot be recorded")
     if fused:
         torch.cuda.reset_peak_memory_stats(device)
     timing = timed(step, device, setting.runs, warm=0)

@@ -110,7 +110,7 @@ class CaptioningTask(WritingTask, CaptionedTask):
         logits = self.writer.target_logits(model, self._in_dtype(batch))
         mask, smoothing = batch["target_mask"], self.settings.label_smoothing
         losses = text_losses(logits, batch["target_ids"], mask, smoothing)
-        return joint_mean(losses.sum(), int(mask.sum())), {}
+        return joint_mean(losses.sum(), mask.sum()), {}
 
     def evaluate(self, model: nn.Module, split: str = "test", progress: bool = True) -> Evaluation:
         """Write a caption for every image of a split, and score it against the image's own.

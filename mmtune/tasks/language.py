@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mmtune.backbones.generative import Generative
-from mmtune.tasks.losses import Gathered
+from mmtune.tasks.losses import Gathered, several
 from mmtune.tasks.media import MediaTask
 
 if TYPE_CHECKING:
@@ -80,13 +80,15 @@ def text_losses(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.
         return (losses.view(ids.shape) * mask).sum(1)
 
 
-def joint_mean(total: Tensor, count: int) -> Tensor:
+def joint_mean(total: Tensor, count: int | Tensor) -> Tensor:
     """A process's part of (sum of all totals) / (sum of all counts), times the processes.
 
     DistributedDataParallel averages gradients over processes: with this loss they are those of the
     mean over the joint batch, also where processes hold different counts.
     """
-    every = Gathered(count, total.device)
+    if not several():
+        return total / count
+    every = Gathered(int(count), total.device)
     return every.world * total / every.total
 
 

@@ -32,6 +32,11 @@ class _Gather(torch.autograd.Function):
         return gradient[dist.get_rank()]
 
 
+def several() -> bool:
+    """Whether more than one process trains."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Gathered:
     """The batches of all processes, in order of rank.
 
@@ -49,9 +54,8 @@ class Gathered:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
-        joined = dist.is_available() and dist.is_initialized()
-        self.world = dist.get_world_size() if joined else 1
-        self.active = self.world > 1
+        self.active = several()
+        self.world = dist.get_world_size() if self.active else 1
         self.sizes, rank = [size], 0
         if self.active:
             every = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world)]

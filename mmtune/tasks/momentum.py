@@ -168,6 +168,8 @@ class Momentum(TrainingHooks):
         seen: pairs of all processes that the run has trained on.
     """
 
+    replayable = False  # the queue fills, and Python knows how far
+
     def __init__(self, encoder: MomentumEncoder, queue: FeatureQueue, seed: int) -> None:
         self.encoder, self.queue, self.seed = encoder, queue, seed
         self.seen = 0

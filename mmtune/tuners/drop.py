@@ -107,6 +107,8 @@ class RobustDrop(TrainingHooks):
     layers are left out: BLIP's text and fusion layers are the halves of the same layers.
     """
 
+    replayable = False  # layers come and go
+
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.model, self.seed = model, seed
         self.layers: dict[str, int] = {}

@@ -15,7 +15,13 @@ class TrainingHooks:
     Steps are optimiser steps, counted from 1. What a hook draws at random must follow from the
     run's seed and the step alone, and what it remembers must be in its state: a run that is killed
     and resumed ends bit for bit like one that was not.
+
+    Attributes:
+        replayable: whether Python does the same in each pass, whatever the step: only then can
+            passes be recorded once and replayed.
     """
+
+    replayable = True
 
     def before_step(self, step: int) -> None:
         """Before the forward pass of a step (once, however many micro-batches it has)."""
@@ -50,6 +56,7 @@ class JoinedHooks(TrainingHooks):
 
     def __init__(self, parts: Mapping[str, TrainingHooks]) -> None:
         self.parts = dict(parts)
+        self.replayable = all(hooks.replayable for hooks in self.parts.values())
 
     def before_step(self, step: int) -> None:
         for hooks in self.parts.values():
