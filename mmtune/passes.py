@@ -145,7 +145,7 @@ class Passes:
             with aside(self._device), unseen():
                 with capture(forward, pool), Questions(self._device, self._answers[key]) as asked:
                     loss, numbers = self._forward(kept, *constants)
-                    right = asked.right()
+                    right = asked.right().squeeze()
                 with capture(backward, forward.pool()), Questions(self._device, []):
                     self._backward(loss)
         except RuntimeError as error:

@@ -194,7 +194,7 @@ class Blip(Generative):
         out = model(**inputs, use_itm_head=False)
         image = parts.image_features(out.last_hidden_state)
         text = parts.text_features(out.question_embeds)
-        return PairEmbeddings(image, text, image.new_tensor(1 / 0.07))
+        return PairEmbeddings(image, text, image.new_full((), 1 / 0.07))
 
     def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         parts = self.matching(model)

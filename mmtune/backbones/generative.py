@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmtune.backbones import unwrapped
 from mmtune.backbones.base import Backbone, PairEmbeddings, forward_through
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
     from torch import Tensor, nn
 
@@ -281,16 +279,9 @@ class Generative(Backbone):
 
 
 def _chosen(rows: Any, numbers: Sequence[int]) -> Any:
-    return rows[_index(tuple(numbers), rows.device)]
+    from mmtune.backbones.constants import constant
 
-
-@lru_cache(maxsize=256)
-def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept: numbers that are sent to a device make the host wait for it."""
-    import torch
-
-    with torch.inference_mode(mode=False):  # passes with gradients use them as well
-        return torch.tensor(numbers, device=device)
+    return rows[constant(numbers, rows.device)]
 
 
 def _read_of(batch: Mapping[str, Tensor]) -> dict[str, Any]:

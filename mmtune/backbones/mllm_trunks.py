@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtune.backbones.attention import cache_of
+from mmtune.backbones.constants import constant
 from mmtune.backbones.trunks import Trunk, insert
 
 
@@ -135,7 +136,7 @@ def _moved(positions: Tensor, mask: Tensor | None, at: Sequence[int]) -> Tensor:
     # The position that a word before token k would have.
     free = torch.nn.functional.pad(latest.cummax(-1).values + 1, (1, 0))
     own = torch.stack([free[:, min(at[j], t)] + order.index(j) for j in range(len(at))], dim=1)
-    shift = torch.tensor([sum(k <= i for k in at) for i in range(t)], device=positions.device)
+    shift = constant([sum(k <= i for k in at) for i in range(t)], positions.device)
     moved = (positions + shift).permute(1, 2, 0)
     return insert(moved, own[..., None].expand(-1, -1, 3), at).permute(2, 0, 1)
 

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtune.backbones.constants import constant
+
 
 @dataclass(frozen=True)
 class Trunk:
@@ -118,7 +120,7 @@ def insert(x: Tensor, tokens: Tensor, at: Sequence[int]) -> Tensor:
     if len(set(at)) == 1:
         k = min(at[0], t)
         return torch.cat([x[:, :k], tokens, x[:, k:]], dim=1)
-    order = torch.tensor(_order(t, at), device=x.device)
+    order = constant(_order(t, at), x.device)
     return torch.cat([x, tokens], dim=1).index_select(1, order)
 
 
@@ -130,7 +132,7 @@ def remove(x: Tensor, at: Sequence[int]) -> Tensor:
         k = min(at[0], t)
         return torch.cat([x[:, :k], x[:, k + p :]], dim=1)
     real = [new for new, old in enumerate(_order(t, at)) if old < t]
-    return x.index_select(1, torch.tensor(real, device=x.device))
+    return x.index_select(1, constant(real, x.device))
 
 
 def widen(mask: Tensor, t: int, at: Sequence[int], causal: bool) -> Tensor:
@@ -147,7 +149,7 @@ def widen(mask: Tensor, t: int, at: Sequence[int], causal: bool) -> Tensor:
     """
     p, order = len(at), _order(t, at)
     visible = mask.dtype == torch.bool
-    indices = partial(torch.tensor, device=mask.device)
+    indices = partial(constant, device=mask.device)
     wide = F.pad(mask, (0, p), value=visible).index_select(-1, indices(order))
     if mask.shape[-2] == 1 and t != 1:
         return wide

@@ -83,10 +83,12 @@ def measured(setting: Setting, names: Sequence[str]) -> Iterator[Line]:
     One that cannot be made here, or runs out of memory, is a line that says so.
 
     Raises:
-        ValueError: an unknown subject or contestant, or CUDA graphs without CUDA.
+        ValueError: an unknown subject or contestant, or CUDA graphs where there can be none.
     """
     if setting.cuda_graphs and setting.device != "cuda":
         raise ValueError(f"CUDA graphs need a CUDA device; this bench runs on {setting.device}")
+    if setting.cuda_graphs and setting.compiled:
+        raise ValueError("choose one of compiled and CUDA graphs; a compiled pass is not recorded")
     known = contestants()
     _require("subject", [setting.subject], SUBJECTS)
     _require("contestant", names, known)
@@ -138,12 +140,12 @@ def _measure(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
-    for _ in range(setting.warm):
+    for left in reversed(range(setting.warm)):
+        if fused and left == 0:  # a recording is made in the last of three
+            torch.cuda.reset_peak_memory_stats(device)
         step()
     if setting.cuda_graphs and not passes.replayed:
         raise ValueError("what this model does in a pass cannot be recorded")
-    if fused:
-        torch.cuda.reset_peak_memory_stats(device)
     timing = timed(step, device, setting.runs, warm=0)
     peak = torch.cuda.max_memory_allocated(device) if fused else None
     busy = _busy(step) if fused else None

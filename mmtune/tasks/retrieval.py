@@ -79,7 +79,7 @@ class RetrievalTask(PairTask):
         if kind == "clip" or (kind == "auto" and bias is None):
             return clip_loss(pairs.image, pairs.text, scale, groups), {}
         if bias is None:
-            bias = scale.new_tensor(self.settings.sigmoid_bias)
+            bias = scale.new_full((), self.settings.sigmoid_bias)
         return sigmoid_loss(pairs.image, pairs.text, scale, bias, groups), {}
 
     def _embed_pairs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairEmbeddings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from mmtune.bench.subjects import ready
 from mmtune.bench.tables import rows
 from mmtune.bench.timing import Timing
 from mmtune.cli import main
+from mmtune.conformance.backbones import build
 
 SMALL = Setting("tiny-clip", batch=2, dtype="float32", device="cpu", runs=1, warm=1)
 
@@ -97,3 +99,22 @@ def test_ratios_are_of_medians_and_peaks():
 
     table = rows([line("floor", 10.0, 2**30), line("full", 20.0, 2**31), line("x", 5.0, 2**29)])
     assert table[2] == ["x", "5.0 [5.0, 5.0]", "0.50", "0.25", "", "2.5", "0.50", "0.50", "5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({}, "need a CUDA device"), ({"device": "cuda", "compiled": True}, "choose one of compiled")],
+)
+def test_graphs_that_there_cannot_be_are_refused(changes, words):
+    setting = dataclasses.replace(SMALL, cuda_graphs=True, **changes)
+    with pytest.raises(ValueError, match=words):
+        next(measured(setting, ["floor"]))
+
+
+def test_methods_are_prepared_and_what_they_are_compared_with_is_stock():
+    wanted = {"floor": False, "full": False, "peft-lora": False}
+    wanted |= {"floor-prepared": True, "lora": True, "aurora": True}
+    for name, prepared in wanted.items():
+        model = contestants()[name].make(build("clip"))
+        kinds = {type(m).__name__ for m in model.modules()}
+        assert ("QuickGelu" in kinds, "QuickGELUActivation" in kinds) == (prepared, not prepared)
