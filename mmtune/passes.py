@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from mmtune.device import Fetched
 from mmtune.questions import Questions, waiting
-from mmtune.replayed import aside, capture, unseen
+from mmtune.replayed import aside, capture, constants_kept, unseen
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,12 @@ class Passes:
         """A plain pass that notes what is asked; None where it does what cannot be recorded."""
         before = torch.cuda.get_rng_state(self._device)
         try:
-            with aside(self._device), waiting("error"), Questions(self._device) as asked:
+            with (
+                aside(self._device),
+                constants_kept(),
+                waiting("error"),
+                Questions(self._device) as asked,
+            ):
                 loss, numbers = self._forward(batch, *constants)
                 answers = list(asked.answers)
                 self._backward(loss)
@@ -141,8 +147,9 @@ class Passes:
         # All share their memory: a pass is over before another begins.
         pool = next((r.forward.pool() for r in self._recordings.values()), None)
         gc.collect()  # what is freed while recording could belong to another recording
+        torch.cuda.empty_cache()  # what plain passes left is no use to recordings
         try:
-            with aside(self._device), unseen():
+            with aside(self._device), unseen(), constants_kept():
                 with capture(forward, pool), Questions(self._device, self._answers[key]) as asked:
                     loss, numbers = self._forward(kept, *constants)
                     right = asked.right().squeeze()
@@ -182,7 +189,12 @@ class Passes:
         return found.loss.clone(), numbers
 
     def _give_up(self, why: object, key: Hashable = None) -> None:
-        log.warning("passes are made plainly from now on, not replayed: %s", why)
+        at = ""
+        if isinstance(why, BaseException):
+            frames = traceback.extract_tb(why.__traceback__)
+            last = [f for f in frames if "/torch/" not in f.filename][-1]
+            at = f" ({last.filename}:{last.lineno}: {last.line})"
+        log.warning("passes are made plainly from now on, not replayed: %s%s", why, at)
         self._recordable = False
         self._recordings.pop(key, None)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +31,8 @@ class Questions(TorchDispatchMode):
         self._right = [torch.ones(1, dtype=torch.bool, device=device)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.masked_scatter_backward.default:
+            return _taken_in_order(*args)
         asks = func is torch.ops.aten._local_scalar_dense.default
         if not asks or args[0].device.type != self._device.type:
             return func(*args, **(kwargs or {}))
@@ -48,6 +51,15 @@ class Questions(TorchDispatchMode):
         if self._known is not None and len(self.answers) != len(self._known):
             raise RuntimeError("this pass asks the device for less than the one before it")
         return torch.cat(self._right).all()[None]
+
+
+def _taken_in_order(gradient: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
+    """The gradient of what `masked_scatter` put at a mask; torch's own asks how much that is."""
+    mask = mask.expand_as(gradient).flatten()
+    count = math.prod(size)
+    place = torch.where(mask, mask.cumsum(0) - 1, count)
+    taken = gradient.new_zeros(count + 1)
+    return taken.scatter_(0, place.clamp_(max=count), gradient.flatten())[:count].view(size)
 
 
 @contextmanager

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from mmtune.constants import constant, is_constant
 from mmtune.questions import Questions, waiting
 
 # Of each device a graph of a loop that is over: its memory is what the next one records into.
@@ -69,7 +71,12 @@ class Steps:
         try:
             if self._recordable and self._passes == 2:
                 # What cannot be recorded fails here: a recording that fails leaves traces in torch.
-                with aside(self._device), waiting("error"), Questions(self._device) as asked:
+                with (
+                    aside(self._device),
+                    constants_kept(),
+                    waiting("error"),
+                    Questions(self._device) as asked,
+                ):
                     found = self._gradients()
                 self._answers = asked.answers
             elif self._recordable and self._passes == 3:
@@ -104,7 +111,7 @@ class Steps:
         graph = torch.cuda.CUDAGraph()
         earlier = _over.pop(self._device, None) if self._pass is None else self._pass[0]
         pool = None if earlier is None else earlier.pool()
-        with aside(self._device), unseen(), capture(graph, pool):
+        with aside(self._device), unseen(), constants_kept(), capture(graph, pool):
             with Questions(self._device, answers) as asked:
                 found = run()
             if isinstance(found, Tensor):
@@ -142,9 +149,20 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 @contextmanager
 def unseen() -> Iterator[None]:
     """Hides a recording from libraries that compute otherwise where they see one (masks)."""
-    stock = torch.cuda.is_current_stream_capturing
-    torch.cuda.is_current_stream_capturing = lambda: False
-    try:
+    with patch.object(torch.cuda, "is_current_stream_capturing", lambda: False):
         yield
-    finally:
-        torch.cuda.is_current_stream_capturing = stock
+
+
+@contextmanager
+def constants_kept() -> Iterator[None]:
+    """Fixed numbers are copied on the device rather than sent to it again (`torch.tensor(0.0)`)."""
+    stock = torch.tensor
+
+    def tensor(data: Any, **options: Any) -> Tensor:
+        device = torch.device(options.get("device") or torch.get_default_device())
+        if device.type != "cuda" or options.keys() - {"device", "dtype"} or not is_constant(data):
+            return stock(data, **options)
+        return constant(data, device, options.get("dtype")).clone()
+
+    with patch.object(torch, "tensor", tensor):
+        yield

@@ -347,6 +347,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     finally:
         trainer.flow.close()
+        trainer.passes = None  # recordings hold memory that evaluation can use
         # Undo the autocast wrapping of forward, so that evaluation sees the model as it was.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     best = _restore_best(trainer) if options.keep == "best" else None

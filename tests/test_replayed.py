@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from mmtune.constants import constant, is_constant
 from mmtune.questions import Questions
-from mmtune.replayed import Steps
+from mmtune.replayed import Steps, constants_kept
 
 CPU = torch.device("cpu")
 
@@ -79,3 +82,46 @@ def test_more_or_fewer_questions_are_an_error():
         asks(torch.ones(2), mask)
     with pytest.raises(RuntimeError, match="asks the device for less"):
         asked.right()
+
+
+@pytest.mark.parametrize("size", [(4, 3), (3, 3), (12,)])
+@pytest.mark.parametrize("rows", [[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
+def test_what_was_put_at_a_mask_gets_its_gradient_without_a_question(rows, size):
+    mask = torch.tensor(rows, dtype=torch.bool)[:, None].expand(4, 3)
+    if math.prod(size) < int(mask.sum()):
+        return
+
+    def gradient():
+        source = torch.arange(math.prod(size), dtype=torch.float32).view(size).requires_grad_()
+        y = torch.zeros(4, 3).masked_scatter(mask, source)
+        (y * torch.linspace(-1, 2, 12).view(4, 3)).sum().backward()
+        return source.grad
+
+    wanted = gradient()
+    with Questions(CPU) as asked:
+        assert torch.equal(gradient(), wanted)
+    assert asked.answers == []
+
+
+@pytest.mark.parametrize("numbers", [3, -0.0, [1, 2], (True, False), [], 2.5])
+def test_constants_are_what_torch_makes_of_them(numbers):
+    assert is_constant(numbers)
+    found, wanted = constant(numbers, CPU), torch.tensor(numbers)
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found, wanted)
+    assert str(constant(numbers, "cpu", torch.float64)) == str(
+        torch.tensor(numbers, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("numbers", [[[1]], torch.ones(1), [torch.ones(())], "a", None, 1j])
+def test_other_things_are_no_constants(numbers):
+    assert not is_constant(numbers)
+
+
+def test_torch_makes_tensors_as_before_while_constants_are_kept():
+    stock = torch.tensor
+    with constants_kept():
+        assert torch.equal(torch.tensor([1.5]), stock([1.5]))
+        assert torch.tensor(2, device="cpu").device == CPU
+    assert torch.tensor is stock

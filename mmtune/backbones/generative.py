@@ -279,7 +279,7 @@ class Generative(Backbone):
 
 
 def _chosen(rows: Any, numbers: Sequence[int]) -> Any:
-    from mmtune.backbones.constants import constant
+    from mmtune.constants import constant
 
     return rows[constant(numbers, rows.device)]
 

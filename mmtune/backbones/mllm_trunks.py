@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmtune.backbones.attention import cache_of
-from mmtune.backbones.constants import constant
 from mmtune.backbones.trunks import Trunk, insert
+from mmtune.constants import constant
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtune.backbones.constants import constant
+from mmtune.constants import constant
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 ROWS = [
     (m, b) for m, b in PAIRS
-    if m == METHODS[m].method and b in ("clip", "open_clip", "blip-retrieval", "llava")
+    if m == METHODS[m].method and b in ("clip", "blip-retrieval", "llava")
 ]  # fmt: skip
 
 

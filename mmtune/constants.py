@@ -1,0 +1,42 @@
+"""Fixed numbers that passes need on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtune.questions import waiting
+
+_kept: dict[Hashable, Tensor] = {}
+
+
+def constant(
+    numbers: Any, device: torch.device | str | int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """What `torch.tensor` makes of a number or a sequence of numbers, not to be changed.
+
+    A CUDA device keeps it: sending numbers makes the host wait, and no CUDA graph can be recorded.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    key = repr(numbers), device, dtype  # tells 1 from True and 0.0 from -0.0
+    found = _kept.get(key)
+    if found is None:
+        with torch.inference_mode(mode=False), waiting("default"):  # all kinds of passes use them
+            found = _tensor(numbers, dtype=dtype, device=device)
+        if type(found) is Tensor:  # not one that stands for a tensor while memory is counted
+            _kept[key] = found
+    return found
+
+
+_tensor = torch.tensor  # while passes are recorded, `torch.tensor` is another
+
+
+def is_constant(numbers: Any) -> bool:
+    """Whether `constant` takes it: a number, or a flat sequence of numbers."""
+    some = numbers if isinstance(numbers, (list, tuple)) else [numbers]
+    return all(type(n) in (bool, int, float) for n in some)
