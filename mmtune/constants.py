@@ -1,14 +1,14 @@
-"""Fixed numbers that passes need on their device."""
+"""Fixed numbers that passes need on their device, and waiting for it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from mmtune.questions import waiting
 
 _kept: dict[Hashable, Tensor] = {}
 
@@ -40,3 +40,19 @@ def is_constant(numbers: Any) -> bool:
     """Whether `constant` takes it: a number, or a flat sequence of numbers."""
     some = numbers if isinstance(numbers, (list, tuple)) else [numbers]
     return all(type(n) in (bool, int, float) for n in some)
+
+
+@contextmanager
+def waiting(mode: str) -> Iterator[None]:
+    """While it lasts, waiting for a CUDA device is an error ("error"), or is not ("default")."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtune.constants import waiting
 from mmtune.device import Fetched
-from mmtune.questions import Questions, waiting
+from mmtune.questions import Questions
 from mmtune.replayed import aside, capture, constants_kept, unseen
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,8 @@ class Passes:
         at = ""
         if isinstance(why, BaseException):
             frames = traceback.extract_tb(why.__traceback__)
-            last = [f for f in frames if "/torch/" not in f.filename][-1]
+            inner = ("/torch/", "mmtune/questions.py")
+            last = [f for f in frames if not any(part in f.filename for part in inner)][-1]
             at = f" ({last.filename}:{last.lineno}: {last.line})"
         log.warning("passes are made plainly from now on, not replayed: %s%s", why, at)
         self._recordable = False

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmtune.constants import constant, waiting
 
 
 class Questions(TorchDispatchMode):
@@ -33,6 +33,8 @@ class Questions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.masked_scatter_backward.default:
             return _taken_in_order(*args)
+        if func is torch.ops.aten.where.self:  # it would send a scalar, and wait
+            args = [_brought(a, args[0].device) for a in args]
         asks = func is torch.ops.aten._local_scalar_dense.default
         if not asks or args[0].device.type != self._device.type:
             return func(*args, **(kwargs or {}))
@@ -53,6 +55,13 @@ class Questions(TorchDispatchMode):
         return torch.cat(self._right).all()[None]
 
 
+def _brought(scalar: Tensor, device: torch.device) -> Tensor:
+    """A fixed number of the host, as the device has it; other tensors as they are."""
+    if scalar.dim() or scalar.device == device or scalar.device.type != "cpu":
+        return scalar
+    return constant(scalar.item(), device, scalar.dtype)
+
+
 def _taken_in_order(gradient: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
     """The gradient of what `masked_scatter` put at a mask; torch's own asks how much that is."""
     mask = mask.expand_as(gradient).flatten()
@@ -60,19 +69,3 @@ def _taken_in_order(gradient: Tensor, mask: Tensor, size: Sequence[int]) -> Tens
     place = torch.where(mask, mask.cumsum(0) - 1, count)
     taken = gradient.new_zeros(count + 1)
     return taken.scatter_(0, place.clamp_(max=count), gradient.flatten())[:count].view(size)
-
-
-@contextmanager
-def waiting(mode: str) -> Iterator[None]:
-    """While it lasts, waiting for a CUDA device is an error ("error"), or is not ("default")."""
-    if not torch.cuda.is_initialized():
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a prototype
-        torch.cuda.set_sync_debug_mode(mode)
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)

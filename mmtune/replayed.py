@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from mmtune.constants import constant, is_constant
-from mmtune.questions import Questions, waiting
+from mmtune.constants import constant, is_constant, waiting
+from mmtune.questions import Questions
 
 # Of each device a graph of a loop that is over: its memory is what the next one records into.
 _over: dict[torch.device, Any] = {}

@@ -116,6 +116,7 @@ def descent(ask, replays, count=8):
         (lambda w: w * int((w.detach() > 0.5).sum()), False),  # fewer and fewer
         (lambda w: w[w.detach() > -2], False),  # of a shape that only the device knows
         (lambda w: w * torch.tensor(2.0, device=CUDA), True),  # kept on the device
+        (lambda w: torch.where(w.detach() > 0, w, 0.5), True),  # so is this scalar
         (lambda w: w * torch.tensor(2.0).to(CUDA), False),  # sent from the host
         (lambda w: w.masked_scatter(w.detach() > 0, w * 2), True),  # its gradient asks for a size
     ],
