@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmtune.backbones import backbone_of
-from mmtune.conformance.backbones import build, images_and_texts
+from mmtune.conformance.backbones import BACKBONES, build, images_and_texts
 from mmtune.conformance.methods import METHODS
 from mmtune.tuners import registry
 from mmtune.tuners.aurora.config import AuroraConfig
@@ -42,6 +42,36 @@ def test_bf16_agrees_with_float64(compute, core, blocks):
         p.data = p.data.float()
     found = layer(x.bfloat16().cuda()).double().cpu()
     assert (found - reference).norm() / reference.norm() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sites", [["q", "k", "v", "out"], ["q", "k", "v", "out", "fc1", "fc2"]])
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_gradients_under_autocast_are_those_of_the_separate_way(backbone, sites, dtype):
+    """A base in float32 or bfloat16, float32 factors, forward under autocast."""
+    found = {}
+    for compute in ("separate", "materialise", "auto"):
+        torch.manual_seed(0)
+        model = build(backbone).to("cuda", dtype)
+        view = backbone_of(model)
+        settings = {"rank": 4, "seed": 1, "sites": sites, "gate": "off", "context": "off"}
+        options = registry.method("aurora").options(compute=compute, **settings)
+        wrapped = registry.apply(model, "aurora", options).train()
+        trains = [p for p in wrapped.parameters() if p.requires_grad]
+        for number, p in enumerate(trains):
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+            p.data += 0.05 * noise.to(p)
+        batch = {k: v.cuda() for k, v in BACKBONES[backbone].batch(0, 3).items()}
+        batch["pixel_values"] = batch["pixel_values"].to(dtype)
+        with torch.autocast("cuda", torch.bfloat16):
+            y = BACKBONES[backbone].outputs(wrapped, view, batch)
+        (y.float() * torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)).sum().backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trains]
+        found[compute] = torch.cat([g.flatten() for g in gradients])
+    wanted = found.pop("separate")
+    assert wanted.norm() > 0
+    for gradient in found.values():
+        assert (gradient - wanted).norm() <= 0.1 * wanted.norm()
 
 
 @pytest.mark.parametrize("backbone", ["clip", "siglip"])

@@ -300,6 +300,30 @@ def test_a_tensor_changed_in_place_is_kept_as_it_is():
     assert origin_of(norm(x)) is None
 
 
+class Casting(nn.Module):
+    """Tells whether autocast is on, as a norm does in its own way."""
+
+    def forward(self, x):
+        return x * (2 if torch.is_autocast_enabled("cpu") else 3)
+
+
+@pytest.mark.parametrize("casts", [True, False])
+def test_what_is_computed_again_is_computed_under_the_autocast_of_its_time(casts):
+    module, origins = Casting(), Origins()
+    origins.watch([module])
+    x, right, lefts, weights, biases = case((3,), 4, 2, 0, torch.float32)
+    x = x.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+        y = module(x)
+        assert origin_of(y) is not None
+        (out,) = updated_linears(y, right, lefts, weights, biases)
+    (grad,) = torch.autograd.grad(out.sum(), [right])
+    y = x * (2 if casts else 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+        (out,) = updated_linears(y, right, lefts, weights, biases)
+    assert torch.equal(grad, torch.autograd.grad(out.sum(), [right])[0])
+
+
 def test_unloading_takes_the_marks_away():
     model = adapted("materialise").unload()
     assert not any(m._forward_hooks for m in model.modules())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,16 @@ class Origins(Attached):
 def _mark(module: Any, args: tuple[Any, ...], output: Any) -> None:
     # A compiler chooses by itself what it computes again.
     if not torch.compiler.is_compiling() and isinstance(output, Tensor) and len(args) == 1:
-        setattr(output, ATTRIBUTE, Origin(module.forward, args[0], output._version))
+        kind, compute = output.device.type, module.forward
+        # Backward runs outside of autocast, where norms refuse inputs of another dtype than theirs.
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            compute = partial(_cast, compute, kind, torch.get_autocast_dtype(kind))
+        setattr(output, ATTRIBUTE, Origin(compute, args[0], output._version))
+
+
+def _cast(compute: Callable[[Tensor], Tensor], kind: str, dtype: torch.dtype, x: Tensor) -> Tensor:
+    with torch.autocast(kind, dtype, cache_enabled=False):
+        return compute(x)
 
 
 def cheap(backbone: Backbone, chosen: Sequence[Site]) -> list[nn.Module]:
