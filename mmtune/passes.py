@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 Numbers = Mapping[str, "Tensor | float"]
-SHAPES = 4  # that are recorded; each keeps a copy of its batch, and graphs take memory too
+SHAPES = 16  # that are recorded: each keeps a copy of its batch; the rest of memory is shared
 
 
 @dataclass(frozen=True)

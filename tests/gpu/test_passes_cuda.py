@@ -12,7 +12,7 @@ from mmtune import training
 from mmtune.backbones import backbone_of
 from mmtune.conformance.backbones import BACKBONES, build
 from mmtune.conformance.methods import METHODS, PAIRS
-from mmtune.passes import Passes
+from mmtune.passes import SHAPES, Passes
 from mmtune.tuners import registry
 from tests.fake_task import FakeTask, make_model
 from tests.test_passes import OPTIONS
@@ -197,8 +197,8 @@ def test_shapes_beyond_the_first_are_plain():
         lambda batch: ((weight * batch["x"]).sum(), {}), torch.Tensor.backward, [weight], CUDA
     )
     for _ in range(4):
-        for size in range(1, 8):
+        for size in range(1, SHAPES + 4):
             weight.grad = None
             passes({"x": torch.ones(size, device=CUDA)})
             assert weight.grad.item() == size
-    assert passes.replayed == 4 * 2
+    assert passes.replayed == SHAPES * 2
