@@ -163,10 +163,10 @@ class SitedTuner(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Put an adapter on its sites, as PEFT does, which asks of every module whether it is one.
+        """Put an adapter on its sites, as PEFT does.
 
-        An adapter that only joins earlier ones changes nothing elsewhere, so its sites are visited
-        alone.
+        PEFT asks of every module whether it is one of them, and then goes over all modules to see
+        what trains. One more adapter that is not active changes nothing but its sites.
         """
         config: Any = self.peft_config[adapter_name]
         joins = (
@@ -279,6 +279,7 @@ class SitedTuner(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._parts = None
         for name, child in list(self.model.named_children()):
             if isinstance(child, Attached):
                 child.detach()
