@@ -302,10 +302,11 @@ def _key_in(model: nn.Module, key: str, adapter_name: str) -> str | None:
     `...group` is `...group.<adapter>`, and `...group.name` is `...group.<adapter>.name`.
     """
     path, _, last = key.rpartition(".")
-    try:
-        module: Any = model.get_submodule(path)
-    except AttributeError:
-        return None
+    module: Any = model
+    for name in path.split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return None
     if isinstance(module, nn.ModuleDict):
         has = adapter_name in module and hasattr(module[adapter_name], last)
         return f"{path}.{adapter_name}.{last}" if has else None
