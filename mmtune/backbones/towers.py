@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from mmtune.backbones.base import Site
@@ -58,9 +59,9 @@ def sites_of_layer(
     if names.whole:
         yield Site(branch, index, "layer", path, layer, width)
     for role, part in names.roles.items():
-        yield Site(branch, index, role, f"{path}.{part}", layer.get_submodule(part), width)
+        yield Site(branch, index, role, f"{path}.{part}", attrgetter(part)(layer), width)
     for part in names.norms:
-        module = layer.get_submodule(part)
+        module = attrgetter(part)(layer)
         if not isinstance(module, nn.Identity):
             yield Site(branch, index, "norm", f"{path}.{part}", module, width)
 

@@ -124,9 +124,11 @@ def settle(backbone: Backbone, config: AuroraConfig) -> list[Fusion]:
     branches = config.branches
     if branches is None and isinstance(config.sites, dict):
         branches = list(config.sites)
-    sites = backbone.select(branches, None, config.layers)
-    layers = {(site.branch, site.layer) for site in sites}
-    fusions = [f for f in backbone.fusions() if (f.branch, f.layer) in layers]
+    fusions = backbone.fusions()
+    if fusions:
+        sites = backbone.select(branches, None, config.layers)
+        layers = {(site.branch, site.layer) for site in sites}
+        fusions = [f for f in fusions if (f.branch, f.layer) in layers]
     reading = [f for f in fusions if f.words]
     if config.gate is None:
         config.gate = "tanh" if fusions else "off"

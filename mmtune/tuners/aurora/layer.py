@@ -27,6 +27,7 @@ class Placed:
     blocks: Blocks
     rank: int
     alpha: float
+    dropout: float
     interleaved: bool
     compute: str
 
@@ -39,7 +40,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
     """
 
     adapter_layer_names = ("aurora_modes",)
-    other_param_names = ("aurora_dropout", "aurora_placed")
+    other_param_names = ("aurora_placed",)
     role = ""  # of its site
 
     def __init__(self, base_layer: nn.Linear, factors: ModeFactors) -> None:
@@ -47,7 +48,6 @@ class AuroraLinear(nn.Module, AuroraLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.aurora_modes = nn.ParameterDict()
-        self.aurora_dropout = nn.ModuleDict()
         self.aurora_placed: dict[str, Placed] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -99,13 +99,13 @@ class AuroraLinear(nn.Module, AuroraLayer):
         made = factors.require(name, key, blocks, r, config.core, generator)
         modes = torch.randn(blocks.count, rank, generator=generator)
         self.aurora_modes[name] = nn.Parameter(modes)
-        self.aurora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.aurora_placed[name] = Placed(
             branch,
             key,
             blocks,
             rank,
             config.alpha,
+            config.dropout,
             config.block_layout == "interleaved",
             config.compute if self._can_form(config) else "separate",
         )
@@ -169,7 +169,9 @@ class AuroraLinear(nn.Module, AuroraLayer):
         blocks = placed.blocks
         u, v, m = self._factors(name, x.dtype)
         tokens = x.unflatten(-1, (blocks.columns, blocks.d_in)) if blocks.columns > 1 else x
-        h = self.aurora_dropout[name](F.linear(tokens, u))  # [..., (columns,) R]
+        h = F.linear(tokens, u)  # [..., (columns,) R]
+        if placed.dropout:
+            h = F.dropout(h, placed.dropout, self.training)
         if blocks.columns > 1:
             h = _mix_columns(h, m)
         elif blocks.rows > 1:

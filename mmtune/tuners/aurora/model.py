@@ -72,6 +72,7 @@ class AuroraModel(SitedTuner):
         factors.add_adapter(adapter_name)
         if self._cheap:
             self._attach(ORIGINS, Origins).watch(self._cheap)
+            self._cheap = []  # one site is enough
         if config.forms():
             factors.rounds.watch(self.model)
         layer = target if isinstance(target, AuroraLinear) else AuroraLinear(target, factors)
