@@ -19,6 +19,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 SCALE = 1.702
+DONE = "mmtune_quick_gelu"  # attribute of a model
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STOCK = {"transformers.activations.QuickGELUActivation", "open_clip.transformer.QuickGELU"}
 
@@ -63,7 +64,10 @@ class _QuickGelu(torch.autograd.Function):
 
 
 def quicken(model: nn.Module) -> None:
-    """Put `QuickGelu` in the place of the stock modules, but of those that hooks watch."""
+    """Put `QuickGelu` in the place of the stock modules, but of those that hooks watch; once."""
+    if getattr(model, DONE, False):
+        return
+    setattr(model, DONE, True)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             kind = type(child)
@@ -74,6 +78,7 @@ def quicken(model: nn.Module) -> None:
 
 def slow(model: nn.Module) -> None:
     """Put the stock modules back."""
+    setattr(model, DONE, False)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, QuickGelu):

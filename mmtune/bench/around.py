@@ -186,7 +186,7 @@ def adapter_times(around: Around) -> dict[str, Timing]:
             wrapped.save_pretrained(folder)
             loads = []
             for number in range(around.runs):
-                load = partial(wrapped.load_adapter, folder, f"a{number}")
+                load = partial(wrapped.load_adapter, folder, f"a{number}", torch_device="cpu")
                 loads.append(milliseconds(load, torch.device("cpu")))
         for number in range(2, around.runs):
             wrapped.delete_adapter(f"a{number}")
