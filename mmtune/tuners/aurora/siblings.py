@@ -44,15 +44,21 @@ class Siblings:
         return [m for m in self.members if m is member or m.joins(member, names)]
 
     def output(
-        self, member: AuroraLinear, x: Tensor, names: Sequence[str], update: Update | None
+        self,
+        member: AuroraLinear,
+        x: Tensor,
+        names: Sequence[str],
+        update: Update | None,
+        few: bool,
     ) -> Tensor:
         """The output of a member.
 
         Args:
             member: whose.
             x: [..., in_features].
-            names: the adapters that are added to its weight.
+            names: the adapters that are added to it.
             update: of its group, where it is known.
+            few: whether the update is applied to the tokens, without forming a weight.
         """
         if x is self._tokens and id(member) in self._waiting:
             y = self._waiting.pop(id(member))
@@ -60,7 +66,7 @@ class Siblings:
                 self._tokens = None
             return y
         update = update or Update.now(self.group(member, names), names)
-        waiting = update.outputs(x)
+        waiting = update.on_tokens(x) if few and not update.always else update.outputs(x)
         y = waiting.pop(id(member))
         self._tokens, self._waiting = (x, waiting) if waiting else (None, {})
         return y

@@ -21,10 +21,12 @@ class Stack:
     Attributes:
         pairs: of each unit of layers that compute together: L [o, R], o their out_features
             together, and R [R, in_features].
-        shared: the parameters that all of them share.
+        parts: of each unit, the parameters that its update is made of.
+        always: whether weights are formed for few tokens, too.
     """
 
-    shared: Sequence[Tensor] = ()
+    parts: Sequence[Sequence[Tensor]] = ()
+    always = False
 
     def __init__(
         self,
