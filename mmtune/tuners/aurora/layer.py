@@ -63,10 +63,12 @@ class AuroraLinear(nn.Module, AuroraLayer):
         return base if type(base) is nn.Linear else cast(nn.Linear, self.get_base_layer())
 
     def joins(self, other: AuroraLinear, names: Sequence[str]) -> bool:
-        """Whether just these adapters are added to its weight, with the U that `other` has."""
+        """Whether just these adapters act, and are added, with the U that `other` has."""
         mine, its = self.aurora_placed, other.aurora_placed
-        return self.added() == list(names) and all(
-            (mine[n].key, mine[n].rank) == (its[n].key, its[n].rank) for n in names
+        return (
+            self.added() == list(names)
+            and not self.others()
+            and all((mine[n].key, mine[n].rank) == (its[n].key, its[n].rank) for n in names)
         )
 
     def add_adapter(
@@ -124,6 +126,10 @@ class AuroraLinear(nn.Module, AuroraLayer):
         return config.forms() and plain
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._disable_adapters:
+            y = self.siblings.take(self, x)
+            if y is not None:
+                return y
         few = self._few(x)
         known = self.rounds.known(self, few)
         if known is None and self.disable_adapters:
@@ -212,11 +218,12 @@ class AuroraLinear(nn.Module, AuroraLayer):
     def trains(self) -> bool:
         """Whether the stock layer's weight or bias wants a gradient."""
         base = self.linear
-        return base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        return _trains(base.weight, base.bias)
 
     def state(self) -> tuple[Hashable, ...]:
         """Equal as long as the layer's adapters act in the same way."""
-        weight = self.linear.weight
+        base = self.linear
+        weight = base.weight
         return (
             self._disable_adapters,
             tuple(self.active_adapters),
@@ -224,7 +231,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
             tuple(self.aurora_placed.items()),
             weight.dtype,
             weight.device,
-            self.trains(),
+            _trains(weight, base.bias),
         )
 
     def kind(self, name: str) -> tuple[Hashable, ...]:
@@ -299,6 +306,10 @@ def is_plain(module: nn.Module) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
+
+
+def _trains(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _scaled(mixers: Tensor, alpha: float) -> Tensor:

@@ -58,7 +58,7 @@ def updated_linear(
         y = F.linear(x, w + (left @ right).to(w.dtype), bias)
         return y.split([len(part) for part in weights], -1)
     given = () if formed is not None else weights
-    return _node(_UpdatedLinear, x, formed, left, right, bias, *given)
+    return _node(_UpdatedLinear, x, left, right, formed, bias, *given)
 
 
 def updated_tokens(
@@ -102,33 +102,37 @@ def _train(tensors: Sequence[Tensor | None]) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _node(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _node(
+    function: type[torch.autograd.Function], x: Tensor, left: Tensor, right: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     if not _casts(x):
-        return cast(tuple[Tensor, ...], function.apply(origin_of(x), x, *rest))
-    x = x.to(computing_dtype(x))
+        left, right = left.to(x.dtype), right.to(x.dtype)
+        return cast(tuple[Tensor, ...], function.apply(origin_of(x), x, left, right, *rest))
     with torch.autocast(x.device.type, enabled=False):
-        return cast(tuple[Tensor, ...], function.apply(origin_of(x), x, *rest))
+        return _node(function, x.to(torch.get_autocast_dtype(x.device.type)), left, right, *rest)
 
 
 class _UpdatedLinear(torch.autograd.Function):
+    """x, L and R have one dtype."""
+
     @staticmethod
     def forward(
         ctx: Any,
         origin: Origin | None,
         x: Tensor,
-        formed: Tensor | None,
         left: Tensor,
         right: Tensor,
+        formed: Tensor | None,
         bias: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        whole = _formed(weights, left, right, x.dtype) if formed is None else formed
+        whole = _formed(weights, left, right) if formed is None else formed
         ctx.whole = formed is not None or x.numel() >= KEEP * whole.numel()
         _keep(ctx, origin, x, left, right, *([whole] if ctx.whole else weights))
         bias = None if bias is None else bias.to(x.dtype)
         if len(weights) < 2:
             return (F.linear(x, whole, bias),)
-        rows = [len(w) for w in weights]
+        rows = [w.shape[0] for w in weights]
         biases = [None] * len(rows) if bias is None else bias.split(rows)
         return tuple(
             F.linear(x, part, b) for part, b in zip(whole.split(rows), biases, strict=True)
@@ -137,22 +141,24 @@ class _UpdatedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        dy = _rows(dys[0] if len(dys) == 1 else torch.cat(dys, -1))
+        dy = _flat(dys[0] if len(dys) == 1 else torch.cat(dys, -1))
         x, left, right, *weights = _kept(ctx)
-        _, needs_x, _, needs_left, needs_right, *others = ctx.needs_input_grad
-        tokens = _rows(x)
+        _, needs_x, needs_left, needs_right, *others = ctx.needs_input_grad
+        tokens = _flat(x)
         dx = d_left = d_right = None
         if needs_x:
-            whole = weights[0] if ctx.whole else _formed(weights, left, right, x.dtype)
+            whole = weights[0] if ctx.whole else _formed(weights, left, right)
             dx = dy.mm(whole).view(x.shape)
         if needs_left:
-            d_left = dy.t().mm(tokens.mm(right.to(x.dtype).t())).to(left.dtype)
+            d_left = dy.t().mm(tokens.mm(right.t()))
         if needs_right:
-            d_right = dy.mm(left.to(x.dtype)).t().mm(tokens).to(right.dtype)
-        return (None, dx, None, d_left, d_right, *[None] * len(others))
+            d_right = dy.mm(left).t().mm(tokens)
+        return (None, dx, d_left, d_right, *[None] * len(others))
 
 
 class _UpdatedTokens(torch.autograd.Function):
+    """x, L and R have one dtype; the bases are weights, then as many biases."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -162,34 +168,35 @@ class _UpdatedTokens(torch.autograd.Function):
         right: Tensor,
         *bases: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        n, tokens = len(bases) // 2, _rows(x)
-        weights, biases = cast(Sequence[Tensor], bases[:n]), bases[n:]
-        h = tokens.mm(right.to(x.dtype).t())
+        weights = cast(Sequence[Tensor], bases[: len(bases) // 2])
+        biases = bases[len(weights) :]
+        tokens, shape = _flat(x), (*x.shape[:-1], -1)
+        h = tokens.mm(right.t())
         _keep(ctx, origin, x, left, right, h, *weights)
         ys = []
-        parts = left.to(x.dtype).split([len(w) for w in weights])
+        parts = left.split([w.shape[0] for w in weights])
         for part, w, b in zip(parts, weights, biases, strict=True):
             y = F.linear(tokens, w.to(x.dtype), None if b is None else b.to(x.dtype))
-            ys.append(y.addmm_(h, part.t()).view(*x.shape[:-1], -1))
+            ys.append(y.addmm_(h, part.t()).view(shape))
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        dy = _rows(dys[0] if len(dys) == 1 else torch.cat(dys, -1))
+        dy = _flat(dys[0] if len(dys) == 1 else torch.cat(dys, -1))
         x, left, right, h, *weights = _kept(ctx)
         _, needs_x, needs_left, needs_right, *others = ctx.needs_input_grad
-        dh = dy.mm(left.to(x.dtype))
+        dh = dy.mm(left)
         dx = d_left = d_right = None
         if needs_x:
-            dx = dh.mm(right.to(x.dtype))
-            for part, w in zip(dy.split([len(w) for w in weights], -1), weights, strict=True):
+            dx = dh.mm(right)
+            for part, w in zip(dy.split([w.shape[0] for w in weights], -1), weights, strict=True):
                 dx.addmm_(part, w.to(x.dtype))
             dx = dx.view(x.shape)
         if needs_left:
-            d_left = dy.t().mm(h).to(left.dtype)
+            d_left = dy.t().mm(h)
         if needs_right:
-            d_right = dh.t().mm(_rows(x)).to(right.dtype)
+            d_right = dh.t().mm(_flat(x))
         return (None, dx, d_left, d_right, *[None] * len(others))
 
 
@@ -205,14 +212,14 @@ def _kept(ctx: Any) -> tuple[Tensor, ...]:
     return (x if ctx.compute is None else ctx.compute(x), *rest)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flat(x: Tensor) -> Tensor:
     """[..., i] -> [t, i]."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _formed(weights: Sequence[Tensor], left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + L R in `dtype`, rounded once where W has that dtype."""
-    return torch.addmm(_joined(weights).to(dtype), left.to(dtype), right.to(dtype))
+def _formed(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
+    """W + L R in the dtype of L and R, rounded once where W has it, too."""
+    return torch.addmm(_joined(weights).to(left.dtype), left, right)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -174,7 +174,7 @@ class Rounds:
         if self._open:
             if not found.holds(layer):
                 return None
-            self._served.add(id(layer))
+            self._served.update(found.unit.active)
         return found
 
     def _begin(self, model: nn.Module, args: Any) -> None:

@@ -35,9 +35,10 @@ class Update:
     @classmethod
     def of(cls, members: Sequence[AuroraLinear], places: Sequence[tuple[Stack, int]]) -> Update:
         """Join the updates of several adapters."""
-        lefts, rights = zip(*(stack.pairs[place] for stack, place in places), strict=True)
         if len(places) == 1:
-            return cls(members, lefts[0], rights[0], places)
+            stack, place = places[0]
+            return cls(members, *stack.pairs[place], places)
+        lefts, rights = zip(*(stack.pairs[place] for stack, place in places), strict=True)
         return cls(members, torch.cat(lefts, 1), torch.cat(rights), places)
 
     @classmethod
