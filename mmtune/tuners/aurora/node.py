@@ -112,20 +112,16 @@ def _node(
         return _node(function, x.to(torch.get_autocast_dtype(x.device.type)), left, right, *rest)
 
 
+# Both forwards have *args alone: where nothing wants a gradient, torch.compile (2.14) takes ctx
+# away if there are just as many other arguments as parameters.
+
+
 class _UpdatedLinear(torch.autograd.Function):
-    """x, L and R have one dtype."""
+    """Of an origin, x, L, R, the formed weight, the bias, the weights; x, L, R have one dtype."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        origin: Origin | None,
-        x: Tensor,
-        left: Tensor,
-        right: Tensor,
-        formed: Tensor | None,
-        bias: Tensor | None,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        origin, x, left, right, formed, bias, *weights = args
         whole = _formed(weights, left, right) if formed is None else formed
         ctx.whole = formed is not None or x.numel() >= KEEP * whole.numel()
         _keep(ctx, origin, x, left, right, *([whole] if ctx.whole else weights))
@@ -157,19 +153,12 @@ class _UpdatedLinear(torch.autograd.Function):
 
 
 class _UpdatedTokens(torch.autograd.Function):
-    """x, L and R have one dtype; the bases are weights, then as many biases."""
+    """Of an origin, x, L, R, weights, as many biases; x, L, R have one dtype."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        origin: Origin | None,
-        x: Tensor,
-        left: Tensor,
-        right: Tensor,
-        *bases: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        weights = cast(Sequence[Tensor], bases[: len(bases) // 2])
-        biases = bases[len(weights) :]
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        origin, x, left, right, *bases = args
+        weights, biases = bases[: len(bases) // 2], bases[len(bases) // 2 :]
         tokens, shape = _flat(x), (*x.shape[:-1], -1)
         h = tokens.mm(right.t())
         _keep(ctx, origin, x, left, right, h, *weights)
