@@ -126,7 +126,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
         return config.forms() and plain
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._disable_adapters:
+        if not self._disable_adapters:  # what waits has all that acts
             y = self.siblings.take(self, x)
             if y is not None:
                 return y
@@ -139,7 +139,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
         if known is None:
             added, update, others = self.added(), None, self.others()
         else:
-            added, update, others = known.unit.names, known.update, known.unit.others[id(self)]
+            added, update, others = known.unit.names, known.update, known.unit.others
         if added:
             y = self.siblings.output(self, x, added, update, few)
         else:

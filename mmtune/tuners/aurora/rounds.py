@@ -34,14 +34,14 @@ class Unit:
         names: of the adapters that are added to their weights.
         members: the layers.
         active: of each, by its identity, all active adapters.
-        others: of each, those of them that are not added.
+        others: those of them that are not added; where there is any, the unit is one layer.
         places: for each name, which stack has the update, and where in it.
     """
 
     names: Sequence[str]
     members: Sequence[AuroraLinear]
     active: Mapping[int, Sequence[str]]
-    others: Mapping[int, Sequence[str]]
+    others: Sequence[str]
     places: Sequence[tuple[int, int]]
 
 
@@ -89,9 +89,8 @@ class Plan:
             members = layer.siblings.group(layer, names)
             seen.update([id(m) for m in members])
             active = {id(m): list(m.active_adapters) for m in members}
-            others = {id(m): m.others() for m in members}
             places: list[tuple[int, int]] = []
-            self.units.append(Unit(names, members, active, others, places))
+            self.units.append(Unit(names, members, active, layer.others(), places))
             for name in names:
                 kind = (name, *members[0].kind(name))
                 if kind not in kinds:
