@@ -129,6 +129,8 @@ class ModeFactors(Attached, AuroraLayer):
     def of(self, name: str, key: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first `rank` components: U [rank, d_in], V [d_out, rank], core [rank] or [rank]^3."""
         u, v, core = self.parts(name, key)
+        if len(u) == rank:
+            return u, v, core
         part = core[:rank] if core.dim() == 1 else core[:rank, :rank, :rank]
         return u[:rank], v[:, :rank], part
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, Blocks, ModeFactors, mixers
 from mmtune.tuners.aurora.node import computing_dtype
-from mmtune.tuners.aurora.rounds import Known, Rounds
+from mmtune.tuners.aurora.rounds import Rounds
 from mmtune.tuners.aurora.siblings import Siblings
 from mmtune.tuners.aurora.stacks import Stack
 
@@ -63,10 +63,12 @@ class AuroraLinear(nn.Module, AuroraLayer):
         return base if type(base) is nn.Linear else cast(nn.Linear, self.get_base_layer())
 
     def joins(self, other: AuroraLinear, names: Sequence[str]) -> bool:
-        """Whether just these adapters are added to its weight, with the U that `other` has."""
+        """Whether just these adapters act, and are added, with the U that `other` has."""
         mine, its = self.aurora_placed, other.aurora_placed
-        return self.added() == list(names) and all(
-            (mine[n].key, mine[n].rank) == (its[n].key, its[n].rank) for n in names
+        return (
+            self.added() == list(names)
+            and not self.others()
+            and all((mine[n].key, mine[n].rank) == (its[n].key, its[n].rank) for n in names)
         )
 
     def add_adapter(
@@ -124,28 +126,27 @@ class AuroraLinear(nn.Module, AuroraLayer):
         return config.forms() and plain
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        known = self._known(x)
+        if not self._disable_adapters:  # what waits has all that acts
+            y = self.siblings.take(self, x)
+            if y is not None:
+                return y
+        few = self._few(x)
+        known = self.rounds.known(self, few)
         if known is None and self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        added = self.added(self._few(x)) if known is None else known.added
+        if known is None:
+            added, update, others = self.added(), None, self.others()
+        else:
+            added, update, others = known.unit.names, known.update, known.unit.others
         if added:
-            y = self.siblings.output(self, x, added, known and known.update)
+            y = self.siblings.output(self, x, added, update, few)
         else:
             y = self.base_layer(x, *args, **kwargs)
-        for name in self.active() if known is None else known.others:
-            if name not in added:
-                y = y + self._token_delta(name, x).to(y.dtype)
+        for name in others:
+            y = y + self._token_delta(name, x).to(y.dtype)
         return y
-
-    def _known(self, x: Tensor) -> Known | None:
-        """What is known of this pass; None where "auto" makes these tokens too few for it."""
-        if not self._few(x):
-            return self.rounds.known(self)
-        added = self.added(few=True)
-        known = self.rounds.known(self) if added else None
-        return known if known is not None and known.added == added else None
 
     def _few(self, x: Tensor) -> bool:
         """Whether forming dW = L R multiplies more numbers than applying R and L to tokens."""
@@ -158,10 +159,13 @@ class AuroraLinear(nn.Module, AuroraLayer):
         """Adapters that act and are not in the weight already."""
         return [] if self.merged else self.acting("aurora_modes")
 
-    def added(self, few: bool = False) -> list[str]:
-        """Active adapters whose update is added to the weight, for `few` tokens or for many."""
-        kinds = ("materialise",) if few else ("materialise", "auto")
-        return [name for name in self.active() if self.aurora_placed[name].compute in kinds]
+    def added(self) -> list[str]:
+        """Active adapters whose updates are added to the weight, or to few tokens' outputs."""
+        return [name for name in self.active() if self.aurora_placed[name].compute != "separate"]
+
+    def others(self) -> list[str]:
+        """The rest of the active adapters."""
+        return [name for name in self.active() if self.aurora_placed[name].compute == "separate"]
 
     def _token_delta(self, name: str, x: Tensor) -> Tensor:
         """The update applied to tokens, without forming dW: [..., in] -> [..., out]."""
@@ -198,25 +202,30 @@ class AuroraLinear(nn.Module, AuroraLayer):
         """
         placed = self.aurora_placed[name]
         columns = placed.blocks.columns > 1
-        u, v, core = cast(ModeFactors, self.factors).of(name, placed.key, placed.rank)
-        modes = [layer.aurora_modes[name] for unit in units for layer in unit]
+        factors = cast(ModeFactors, self.factors)
+        u, v, core = factors.of(name, placed.key, placed.rank)
+        own = [[layer.aurora_modes[name] for layer in unit] for unit in units]
+        modes = [vector for of_unit in own for vector in of_unit]
         if placed.interleaved:  # mixes the mode vectors of one layer
             m = torch.stack([mixers(core, of_one, True, not columns) for of_one in modes])
         else:
             m = mixers(core, torch.cat(modes), False, True).unflatten(0, (len(modes), -1))
         dtype = dtype or computing_dtype(self.linear.weight)
         stack = Stack(units, u, v, _scaled(m, placed.alpha), columns, dtype, whole)
-        stack.shared = cast(ModeFactors, self.factors).parts(name, placed.key)
+        shared = factors.parts(name, placed.key)
+        stack.parts = [(*shared, *of_unit) for of_unit in own]
+        stack.always = placed.compute == "materialise"
         return stack
 
     def trains(self) -> bool:
         """Whether the stock layer's weight or bias wants a gradient."""
         base = self.linear
-        return base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        return _trains(base.weight, base.bias)
 
     def state(self) -> tuple[Hashable, ...]:
         """Equal as long as the layer's adapters act in the same way."""
-        weight = self.linear.weight
+        base = self.linear
+        weight = base.weight
         return (
             self._disable_adapters,
             tuple(self.active_adapters),
@@ -224,7 +233,7 @@ class AuroraLinear(nn.Module, AuroraLayer):
             tuple(self.aurora_placed.items()),
             weight.dtype,
             weight.device,
-            self.trains(),
+            _trains(weight, base.bias),
         )
 
     def kind(self, name: str) -> tuple[Hashable, ...]:
@@ -299,6 +308,10 @@ def is_plain(module: nn.Module) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
+
+
+def _trains(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _scaled(mixers: Tensor, alpha: float) -> Tensor:

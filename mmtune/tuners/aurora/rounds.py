@@ -7,7 +7,7 @@ fast GPU waits for their launches; stacked they are a few.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,46 +27,44 @@ AT_ONCE = 2**29
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a layer does in the present forward pass.
-
-    Attributes:
-        added: active adapters that are added to its weight.
-        others: the rest of them.
-        update: what is added to the weights of its group.
-        active: all of them.
-        parts: the parameters that it was computed from.
-        marks: of these, as they were.
-    """
-
-    added: Sequence[str]
-    others: Sequence[str]
-    update: Update
-    active: Sequence[str]
-    parts: Sequence[Tensor]
-    marks: object
-
-    def holds(self, layer: AuroraLinear) -> bool:
-        """Whether the layer's adapters and their parameters are those of the pass's start."""
-        same = not layer.disable_adapters and list(layer.active_adapters) == self.active
-        return same and _marks(self.parts) == self.marks
-
-
-@dataclass
 class Unit:
     """Layers that compute together.
 
     Attributes:
         names: of the adapters that are added to their weights.
         members: the layers.
-        others: of each, the other active adapters.
+        active: of each, by its identity, all active adapters.
+        others: those of them that are not added; where there is any, the unit is one layer.
         places: for each name, which stack has the update, and where in it.
     """
 
     names: Sequence[str]
     members: Sequence[AuroraLinear]
-    others: Sequence[Sequence[str]]
-    places: list[tuple[int, int]]
+    active: Mapping[int, Sequence[str]]
+    others: Sequence[str]
+    places: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What layers that compute together do in the present forward pass.
+
+    Attributes:
+        unit: the layers.
+        update: what is added to their weights.
+        parts: the parameters that it was computed from.
+        marks: of these, as they were.
+    """
+
+    unit: Unit
+    update: Update
+    parts: Sequence[Tensor]
+    marks: object
+
+    def holds(self, layer: AuroraLinear) -> bool:
+        """Whether the layer's adapters and their parameters are those of the pass's start."""
+        same = not layer.disable_adapters and layer.active_adapters == self.unit.active[id(layer)]
+        return same and _marks(self.parts) == self.marks
 
 
 class Plan:
@@ -90,16 +88,16 @@ class Plan:
                 continue
             members = layer.siblings.group(layer, names)
             seen.update([id(m) for m in members])
-            others = [[name for name in m.active() if name not in names] for m in members]
-            unit = Unit(names, members, others, [])
-            self.units.append(unit)
+            active = {id(m): list(m.active_adapters) for m in members}
+            places: list[tuple[int, int]] = []
+            self.units.append(Unit(names, members, active, layer.others(), places))
             for name in names:
                 kind = (name, *members[0].kind(name))
                 if kind not in kinds:
                     kinds[kind] = len(alike_of)
                     alike_of.append((name, []))
                 alike = alike_of[kinds[kind]][1]
-                unit.places.append((kinds[kind], len(alike)))
+                places.append((kinds[kind], len(alike)))
                 alike.append(members)
         room = AT_ONCE
         for name, alike in alike_of:
@@ -152,14 +150,22 @@ class Rounds:
             handle.remove()
         self._handles = []
 
-    def known(self, layer: AuroraLinear) -> Known | None:
-        """What is known of a layer in this pass, or in its recomputation; None: compute alone."""
+    def known(self, layer: AuroraLinear, few: bool = False) -> Known | None:
+        """What is known of a layer in this pass, or in its recomputation; None: compute alone.
+
+        Args:
+            layer: which.
+            few: whether it asks for few tokens, for which not all layers' updates are computed
+                where there was none yet (without gradients).
+        """
         if not self._open and (not self._known or not _recomputing()):
             self._served.discard(id(layer))
             return None
         if self._open and self._graded and not torch.is_grad_enabled():
             return None
         if self._late:
+            if few:
+                return None
             self._compute()
         found = self._known.get(id(layer))
         if found is None or (not self._open and id(layer) not in self._served):
@@ -167,7 +173,7 @@ class Rounds:
         if self._open:
             if not found.holds(layer):
                 return None
-            self._served.add(id(layer))
+            self._served.update(found.unit.active)
         return found
 
     def _begin(self, model: nn.Module, args: Any) -> None:
@@ -189,12 +195,9 @@ class Rounds:
         for unit in plan.units:
             places = [(self._stacks[stack], place) for stack, place in unit.places]
             update = Update.of(unit.members, places)
-            shared = [part for stack, _ in places for part in stack.shared]
-            for m, others in zip(unit.members, unit.others, strict=True):
-                parts = [*shared, *(m.aurora_modes[name] for name in unit.names)]
-                active = list(m.active_adapters)
-                marks = _marks(parts)
-                self._known[id(m)] = Known(unit.names, others, update, active, parts, marks)
+            parts = [part for stack, place in places for part in stack.parts[place]]
+            known = Known(unit, update, parts, _marks(parts))
+            self._known.update((id(m), known) for m in unit.members)
 
     def _planned(self) -> Plan:
         state = [layer.state() for layer in self.layers]

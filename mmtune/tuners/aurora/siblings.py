@@ -37,30 +37,43 @@ class Siblings:
         return {**vars(self), "_tokens": None, "_waiting": {}}
 
     def group(self, member: AuroraLinear, names: Sequence[str]) -> list[AuroraLinear]:
-        """The members that compute together with one whose adapters `names` join its weight."""
+        """The members that compute together with one whose adapters `names` are added."""
         # Replicas of nn.DataParallel share this object and are no members of it.
-        if not any(m is member for m in self.members):
+        if member.others() or not any(m is member for m in self.members):
             return [member]
         return [m for m in self.members if m is member or m.joins(member, names)]
 
+    def take(self, member: AuroraLinear, x: Tensor) -> Tensor | None:
+        """The output of a member, if it waits because a sibling was called with this tensor."""
+        if x is not self._tokens or id(member) not in self._waiting:
+            return None
+        y = self._waiting.pop(id(member))
+        if not self._waiting:
+            self._tokens = None
+        return y
+
     def output(
-        self, member: AuroraLinear, x: Tensor, names: Sequence[str], update: Update | None
+        self,
+        member: AuroraLinear,
+        x: Tensor,
+        names: Sequence[str],
+        update: Update | None,
+        few: bool,
     ) -> Tensor:
         """The output of a member.
 
         Args:
             member: whose.
             x: [..., in_features].
-            names: the adapters that are added to its weight.
+            names: the adapters that are added to it.
             update: of its group, where it is known.
+            few: whether the update is applied to the tokens, without forming a weight.
         """
-        if x is self._tokens and id(member) in self._waiting:
-            y = self._waiting.pop(id(member))
-            if not self._waiting:
-                self._tokens = None
+        y = self.take(member, x)
+        if y is not None:
             return y
         update = update or Update.now(self.group(member, names), names)
-        waiting = update.outputs(x)
+        waiting = update.on_tokens(x) if few and not update.always else update.outputs(x)
         y = waiting.pop(id(member))
         self._tokens, self._waiting = (x, waiting) if waiting else (None, {})
         return y

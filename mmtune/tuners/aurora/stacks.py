@@ -21,10 +21,12 @@ class Stack:
     Attributes:
         pairs: of each unit of layers that compute together: L [o, R], o their out_features
             together, and R [R, in_features].
-        shared: the parameters that all of them share.
+        parts: of each unit, the parameters that its update is made of.
+        always: whether weights are formed for few tokens, too.
     """
 
-    shared: Sequence[Tensor] = ()
+    parts: Sequence[Sequence[Tensor]] = ()
+    always = False
 
     def __init__(
         self,
@@ -58,11 +60,12 @@ class Stack:
             self._left, self._right = shared.detach(), own.detach()
             return
         own = torch.einsum("oj,nmij->nmoi" if dense else "or,nmr->nmor", v, mixers)
-        own = own.flatten(1, 2).to(dtype)
+        own = own.flatten(0, 2).to(dtype)
         shared = _copies(u, len(units), dtype)
-        lefts = [part.flatten(0, 1) for part in own.split([len(unit) for unit in units])]
+        lefts = own.split([len(unit) * (own.shape[0] // n) for unit in units])
         self.pairs = list(zip(lefts, shared.unbind(), strict=True))
-        self._left, self._right = own.detach(), shared[:1].detach().expand(n, -1, -1)
+        self._left = own.detach().unflatten(0, (n, -1))
+        self._right = shared[:1].detach().expand(n, -1, -1)
 
     def formed(self, unit: int) -> Formed | None:
         """W + L R and the bias of a unit, in the pairs' dtype; None where it has to form them."""
@@ -90,8 +93,7 @@ class Stack:
             bias = joined_bias(layers)
             rows = [len(unit) * stacked.shape[1] for unit in units]
             biases = [None] * len(rows) if bias is None else bias.to(dtype).split(rows)
-            parts = wholes.split([len(unit) for unit in units])
-            return [(part.flatten(0, 1), b) for part, b in zip(parts, biases, strict=True)]
+            return list(zip(wholes.flatten(0, 1).split(rows), biases, strict=True))
 
 
 def joined_bias(layers: Sequence[AuroraLinear]) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmtune.tuners.aurora.node import computing_dtype, updated_linear
+from mmtune.tuners.aurora.node import computing_dtype, updated_linear, updated_tokens
 from mmtune.tuners.aurora.stacks import Stack, joined_bias
 
 if TYPE_CHECKING:
@@ -35,15 +35,21 @@ class Update:
     @classmethod
     def of(cls, members: Sequence[AuroraLinear], places: Sequence[tuple[Stack, int]]) -> Update:
         """Join the updates of several adapters."""
-        lefts, rights = zip(*(stack.pairs[place] for stack, place in places), strict=True)
         if len(places) == 1:
-            return cls(members, lefts[0], rights[0], places)
+            stack, place = places[0]
+            return cls(members, *stack.pairs[place], places)
+        lefts, rights = zip(*(stack.pairs[place] for stack, place in places), strict=True)
         return cls(members, torch.cat(lefts, 1), torch.cat(rights), places)
 
     @classmethod
     def now(cls, members: Sequence[AuroraLinear], names: Sequence[str]) -> Update:
         """For these members alone."""
         return cls.of(members, [(members[0].stack(name, [members]), 0) for name in names])
+
+    @property
+    def always(self) -> bool:
+        """Whether an adapter wants weights formed for few tokens, too."""
+        return any(stack.always for stack, _ in self.places)
 
     def outputs(self, x: Tensor) -> dict[int, Tensor]:
         """[..., in_features] -> [..., out_features] of each member, by its identity."""
@@ -52,9 +58,18 @@ class Update:
         if formed is not None and formed[0].dtype == computing_dtype(x):
             whole, bias = formed
             (y,) = updated_linear(x, self.left, self.right, (), bias, whole)
-            parts = y.split([m.out_features for m in self.members], -1)
-        else:
-            weights = [m.linear.weight for m in self.members]
-            bias = joined_bias(self.members)
-            parts = updated_linear(x, self.left, self.right, weights, bias)
+            if len(self.members) == 1:
+                return {id(self.members[0]): y}
+            return self._named(y.split([m.out_features for m in self.members], -1))
+        weights = [m.linear.weight for m in self.members]
+        bias = joined_bias(self.members)
+        return self._named(updated_linear(x, self.left, self.right, weights, bias))
+
+    def on_tokens(self, x: Tensor) -> dict[int, Tensor]:
+        """The same for few tokens, to which L and R are applied themselves."""
+        bases = [m.linear for m in self.members]
+        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        return self._named(updated_tokens(x, self.left, self.right, weights, biases))
+
+    def _named(self, parts: Sequence[Tensor]) -> dict[int, Tensor]:
         return {id(m): part for m, part in zip(self.members, parts, strict=True)}
