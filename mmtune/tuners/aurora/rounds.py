@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mmtune.tuners.aurora.stacks import Stack
 from mmtune.tuners.aurora.updates import Update
@@ -219,7 +220,7 @@ class Rounds:
 
 def _marks(parts: Sequence[Tensor]) -> object:
     """Other ones where a parameter got other numbers, or other memory."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(parts[0], FakeTensor):
         return None
     return [mark for part in parts for mark in (part.data_ptr(), part._version)]
 
