@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtune import questions
 from mmtune.constants import waiting
 from mmtune.device import Fetched
 from mmtune.questions import Questions
@@ -192,9 +194,9 @@ class Passes:
     def _give_up(self, why: object, key: Hashable = None) -> None:
         at = ""
         if isinstance(why, BaseException):
+            inner = (os.path.dirname(torch.__file__), questions.__file__)
             frames = traceback.extract_tb(why.__traceback__)
-            inner = ("/torch/", "mmtune/questions.py")
-            last = [f for f in frames if not any(part in f.filename for part in inner)][-1]
+            last = [f for f in frames if not f.filename.startswith(inner)][-1]
             at = f" ({last.filename}:{last.lineno}: {last.line})"
         log.warning("passes are made plainly from now on, not replayed: %s%s", why, at)
         self._recordable = False

@@ -1,8 +1,8 @@
 """CLIP's activation x sigmoid(1.702 x) in one kernel that keeps x alone for backward.
 
 transformers and open_clip write it as three operations, which keep two tensors as wide as the MLP
-and read and write such tensors 21 times, forward and backward; in CLIP ViT-L/14 that is a fifth of
-a training step. One kernel needs 5 of these, and one tensor.
+and read and write such tensors 21 times, forward and backward. One kernel needs 5 of these, and
+keeps one tensor: a sixth of the GPU time of CLIP ViT-L/14's floor, and a quarter of its memory.
 """
 
 from __future__ import annotations

