@@ -18,12 +18,15 @@ def constant(
 ) -> Tensor:
     """What `torch.tensor` makes of a number or a sequence of numbers, not to be changed.
 
-    A CUDA device keeps it: sending numbers makes the host wait, and no CUDA graph can be recorded.
+    It is kept: sending numbers makes the host wait, and no CUDA graph can be recorded.
     """
-    device = torch.device(device)
-    if device.type != "cuda":
+    if torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=dtype, device=device)
-    key = repr(numbers), device, dtype  # tells 1 from True and 0.0 from -0.0
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    # Their text tells 1 from True and 0.0 from -0.0.
+    key = repr(numbers), device, dtype, torch.get_default_dtype()
     found = _kept.get(key)
     if found is None:
         with torch.inference_mode(mode=False), waiting("default"):  # all kinds of passes use them

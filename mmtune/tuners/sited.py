@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmtune.backbones import backbone_of
 from mmtune.backbones.base import Backbone, Site, SiteError
 from mmtune.backbones.fusions import Fusion
+from mmtune.backbones.quick_gelu import slow
 from mmtune.backbones.trunks import Trunk
 
 
@@ -280,6 +281,7 @@ class SitedTuner(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._parts = None
+        slow(self.model)
         for name, child in list(self.model.named_children()):
             if isinstance(child, Attached):
                 child.detach()
