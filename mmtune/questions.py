@@ -16,6 +16,9 @@ from mmtune.constants import constant, waiting
 class Questions(TorchDispatchMode):
     """Notes the numbers that a device is asked for, or answers as noted and has that checked.
 
+    Two operations that make the host wait without asking for a number (`where` with a fixed one,
+    the gradient of `masked_scatter`) are computed otherwise, with the same result.
+
     Args:
         device: that is asked.
         known: answers noted earlier, in this order; None lets the device answer.
