@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from mmtune import questions
-from mmtune.constants import waiting
 from mmtune.device import Fetched
 from mmtune.questions import Questions
-from mmtune.replayed import aside, capture, constants_kept, unseen
+from mmtune.replayed import capture, recording, trial
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +122,7 @@ class Passes:
         """A plain pass that notes what is asked; None where it does what cannot be recorded."""
         before = torch.cuda.get_rng_state(self._device)
         try:
-            with (
-                aside(self._device),
-                constants_kept(),
-                waiting("error"),
-                Questions(self._device) as asked,
-            ):
+            with trial(self._device) as asked:
                 loss, numbers = self._forward(batch, *constants)
                 answers = list(asked.answers)
                 self._backward(loss)
@@ -152,7 +146,7 @@ class Passes:
         gc.collect()  # what is freed while recording could belong to another recording
         torch.cuda.empty_cache()  # what plain passes left is no use to recordings
         try:
-            with aside(self._device), unseen(), constants_kept():
+            with recording(self._device):
                 with capture(forward, pool), Questions(self._device, self._answers[key]) as asked:
                     loss, numbers = self._forward(kept, *constants)
                     right = asked.right().squeeze()

@@ -71,12 +71,7 @@ class Steps:
         try:
             if self._recordable and self._passes == 2:
                 # What cannot be recorded fails here: a recording that fails leaves traces in torch.
-                with (
-                    aside(self._device),
-                    constants_kept(),
-                    waiting("error"),
-                    Questions(self._device) as asked,
-                ):
+                with trial(self._device) as asked:
                     found = self._gradients()
                 self._answers = asked.answers
             elif self._recordable and self._passes == 3:
@@ -94,7 +89,7 @@ class Steps:
     def update(self) -> None:
         """Follow the gradients."""
         if self._recordable and self._passes == 2:
-            with aside(self._device), Questions(self._device) as asked:
+            with _aside(self._device), Questions(self._device) as asked:
                 self._update()
             self._simple = not asked.answers
             return
@@ -111,7 +106,7 @@ class Steps:
         graph = torch.cuda.CUDAGraph()
         earlier = _over.pop(self._device, None) if self._pass is None else self._pass[0]
         pool = None if earlier is None else earlier.pool()
-        with aside(self._device), unseen(), constants_kept(), capture(graph, pool):
+        with recording(self._device), capture(graph, pool):
             with Questions(self._device, answers) as asked:
                 found = run()
             if isinstance(found, Tensor):
@@ -125,7 +120,7 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def aside(device: torch.device) -> Iterator[None]:
+def _aside(device: torch.device) -> Iterator[None]:
     """Work on a stream of its own, as recordings must be, in order with what is around it."""
     here, side = torch.cuda.current_stream(device), _side(device)
     side.wait_stream(here)
@@ -134,6 +129,20 @@ def aside(device: torch.device) -> Iterator[None]:
             yield
     finally:
         here.wait_stream(side)
+
+
+@contextmanager
+def trial(device: torch.device) -> Iterator[Questions]:
+    """Where a pass that cannot be recorded fails, before a recording of it could."""
+    with _aside(device), constants_kept(), waiting("error"), Questions(device) as asked:
+        yield asked
+
+
+@contextmanager
+def recording(device: torch.device) -> Iterator[None]:
+    """What a pass must compute in while it is recorded, around `capture`."""
+    with _aside(device), _unseen(), constants_kept():
+        yield
 
 
 @contextmanager
@@ -147,7 +156,7 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
+def _unseen() -> Iterator[None]:
     """Hides a recording from libraries that compute otherwise where they see one (masks)."""
     with patch.object(torch.cuda, "is_current_stream_capturing", lambda: False):
         yield

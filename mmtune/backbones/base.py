@@ -106,6 +106,11 @@ class Loaded:
     processor: Any = None
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether something happens around a module's forward; accelerate brings weights there."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
 class Backbone(ABC):
     """The view of one stock model: its sites, and how images and texts are embedded.
 

@@ -14,12 +14,12 @@ BLOCK = 4096
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """X sigmoid(1.702 x), rounded after each operation as torch rounds it."""
+    """Give x sigmoid(1.702 x), rounded after each operation as torch rounds it."""
     return _launched(_quick_gelu, x.contiguous())
 
 
 def quick_gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
-    """Dy times the derivative at x, in float32, rounded once."""
+    """Multiply dy by the derivative at x, in float32, rounded once."""
     return _launched(_quick_gelu_backward, x.contiguous(), dy.contiguous())
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtune.backbones.base import hooked
+
 log = logging.getLogger(__name__)
 
 SCALE = 1.702
@@ -42,8 +44,12 @@ class QuickGelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # A compiler fuses the operations, and chooses what is kept, by itself.
         if torch.compiler.is_compiling():
-            return x * torch.sigmoid(SCALE * x)
+            return _formula(x)
         return _QuickGelu.apply(x)
+
+
+def _formula(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(SCALE * x)
 
 
 class _QuickGelu(torch.autograd.Function):
@@ -51,7 +57,7 @@ class _QuickGelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         kernels = _kernels_for(x)
-        return x * torch.sigmoid(SCALE * x) if kernels is None else kernels.quick_gelu(x)
+        return _formula(x) if kernels is None else kernels.quick_gelu(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
@@ -71,8 +77,7 @@ def quicken(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             kind = type(child)
-            hooked = child._forward_hooks or child._forward_pre_hooks or hasattr(child, "_hf_hook")
-            if f"{kind.__module__}.{kind.__name__}" in STOCK and not hooked:
+            if f"{kind.__module__}.{kind.__name__}" in STOCK and not hooked(child):
                 setattr(parent, name, QuickGelu(child))
 
 

@@ -16,7 +16,14 @@ from mmtune.tuners.aurora.node import updated_tokens
 from mmtune.tuners.aurora.origins import cheap
 from mmtune.tuners.aurora.updates import Update
 
-from .test_aurora_node import adapted, by_autograd, case, updated_linears
+from .test_aurora_node import (
+    CHECKPOINTING,
+    adapted,
+    agrees_with_the_separate_path,
+    by_autograd,
+    case,
+    updated_linears,
+)
 
 
 def tokens_updated(x, right, lefts, weights, biases):
@@ -117,26 +124,12 @@ def count_calls(monkeypatch, calls):
         monkeypatch.setattr(Update, name, counted)
 
 
-CHECKPOINTING = [None, {"use_reentrant": False}, {"use_reentrant": True}]
-
-
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("core", ["diagonal", "dense"])
 @pytest.mark.parametrize("sites", [["q", "k", "v", "out"], ["v", "fc1", "fc2"]])
 def test_few_tokens_have_the_gradients_of_the_separate_path(sites, core, checkpointing):
-    found = []
-    for compute in ("separate", "auto"):
-        model = adapted(compute, sites=sites, core=core, alpha=0.5)
-        if checkpointing is not None:
-            model.gradient_checkpointing_enable(checkpointing)
-            model.enable_input_require_grads()
-        found.append(few_step(model))
-        waiting = [m.siblings._waiting for m in model.modules() if isinstance(m, AuroraLinear)]
-        assert not any(waiting)
-    (first, wanted), (loss, grads) = found
-    assert torch.allclose(loss, first)
-    assert grads.keys() == wanted.keys()
-    assert all(torch.allclose(g, wanted[n], rtol=1e-8, atol=1e-10) for n, g in grads.items())
+    settings = {"sites": sites, "core": core, "alpha": 0.5}
+    agrees_with_the_separate_path("auto", few_step, checkpointing, **settings)
 
 
 def test_few_tokens_are_updated_with_their_siblings(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtune.backbones.base import hooked
 from mmtune.tuners.aurora.config import AuroraConfig
 from mmtune.tuners.aurora.factors import AuroraLayer, Blocks, ModeFactors, mixers
 from mmtune.tuners.aurora.node import computing_dtype
@@ -304,9 +305,7 @@ def is_plain(module: nn.Module) -> bool:
         type(module) in stock
         and type(weight) is nn.Parameter
         and weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        and not hasattr(module, "_hf_hook")  # accelerate brings such a weight when it is called
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and not hooked(module)
     )
 
 
